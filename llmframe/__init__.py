@@ -1,0 +1,49 @@
+"""A language model over the rows of a DataFrame: frame -> prompts -> requests -> engine -> results -> frame.
+
+``import llmframe`` gives every DataFrame the accessor ``df.llm``.
+"""
+
+from llmframe import local
+from llmframe.accessor import LLMFrame, LLMSeries
+from llmframe.checkpoint import read_checkpoint
+from llmframe.errors import (
+    BudgetExceeded,
+    CheckpointError,
+    ConfigurationError,
+    EndpointError,
+    Interrupted,
+    LLMFrameError,
+    LLMFrameWarning,
+    RowFailed,
+    SchemaError,
+    TemplateError,
+)
+from llmframe.lists import acomplete, complete
+from llmframe.options import configure
+from llmframe.report import Run
+from llmframe.results import Completion, Usage
+from llmframe.runner import last_run
+
+__all__ = [
+    "BudgetExceeded",
+    "CheckpointError",
+    "Completion",
+    "ConfigurationError",
+    "EndpointError",
+    "Interrupted",
+    "LLMFrame",
+    "LLMFrameError",
+    "LLMFrameWarning",
+    "LLMSeries",
+    "RowFailed",
+    "Run",
+    "SchemaError",
+    "TemplateError",
+    "Usage",
+    "acomplete",
+    "complete",
+    "configure",
+    "last_run",
+    "local",
+    "read_checkpoint",
+]

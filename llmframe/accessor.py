@@ -1,0 +1,179 @@
+"""`df.llm`: arguments in, a frame out. It keeps no setting and no state of a run.
+
+`series.llm` is the same for one column.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from llmframe import runner
+from llmframe.errors import ConfigurationError
+from llmframe.options import Options, call_options, gather, takes_options
+from llmframe.planning import select
+from llmframe.prompts import Missing, Prompt, Prompts
+from llmframe.results import typed
+
+
+@pd.api.extensions.register_dataframe_accessor("llm")
+class LLMFrame:
+    """A language model over the rows of a DataFrame."""
+
+    def __init__(self, frame: pd.DataFrame) -> None:
+        self._frame = frame
+
+    @takes_options(call_options)
+    def complete(self, prompt: Prompt, **keywords: Any) -> pd.DataFrame:
+        """Ask a model once for each row, and give the frame with the answers as new columns.
+
+        Parameters
+        ----------
+        prompt : column name, template, list of messages, or callable
+            ``"review"``, ``"Translate: {text}"``, ``[{"role": "user", "content": "{text}"}]``, or a function of a row
+            that returns text or messages (called once a row). A column may hold message arrays. A Jinja2 template
+            works too. In a template ``{price:.2f}`` formats and ``{{`` is a brace.
+        system : str, optional
+            A template for the system message.
+        examples : list of (str, str), optional
+            Few-shot pairs of user and assistant texts, sent as they are.
+        model : str
+            The model's name; ``"local"`` is the embedded one. Else `configure`, else ``LLMFRAME_MODEL``.
+        schema : list of str or of int, optional
+            Labels, one of which is the answer. The endpoint enforces them, the column is a category.
+        output : str, default "response"
+            The response column, and the prefix of the others.
+        details : bool, default False
+            Also write cached and reasoning tokens, cost (USD), latency (s), attempts, finish reason, model, source and
+            request id.
+        where : "missing" or boolean mask, optional
+            Which rows to ask: those without an answer, or those of the mask. The others keep what they hold.
+        refresh : bool, default False
+            Ask again, whatever the checkpoint holds.
+        na : {"skip", "raise", "keep"}
+            What to do with a row where a used column is missing; ``"keep"`` renders it as empty.
+        checkpoint : path or fsspec URL, optional
+            A directory that keeps every answer: the same call again asks only what is not there.
+        dedupe : bool, default True
+            Ask identical requests once.
+        max_concurrency, rpm, tpm : optional
+            Caps on requests in flight, on requests and on tokens per minute. Learned without them; 1 is sequential.
+        prices : dict, optional
+            USD per million tokens, ``{"input": 0.15, "output": 0.60}``, where genai-prices does not know the model.
+        timeout : float, optional
+            Seconds for one attempt; learned without it.
+        max_attempts : int, default 8
+            Requests for one row before it is ``failed``.
+        on_error : {"column", "raise"}
+            Write a row's failure into its columns, or stop at the first.
+        client, base_url, api_key : optional
+            An openai client, or the pieces of one; else ``OPENAI_BASE_URL`` and ``OPENAI_API_KEY``.
+        progress : bool, optional
+            A bar, or none (and no other notice); by itself in a terminal or notebook.
+        **params
+            Anything else goes to the API: ``temperature``, ``max_tokens``, ``n``, ``extra_body``, ...
+
+        Returns
+        -------
+        DataFrame
+            A new frame, with the index and order of this one, and the columns ``response``, ``response_status`` (``ok``,
+            ``truncated``, ``filtered``, ``refused``, ``invalid``, ``failed``, ``skipped``, ``pending``),
+            ``response_error``, ``response_prompt_tokens`` and ``response_completion_tokens``.
+
+        Raises
+        ------
+        ConfigurationError, TemplateError, SchemaError, CheckpointError
+            Before any request.
+        EndpointError, RowFailed, Interrupted
+            While it runs; ``.frame`` holds the rows done so far.
+
+        Examples
+        --------
+        >>> df = pd.DataFrame({"review": ["It is a joy to use.", "It broke on the first day."]})
+        >>> question = "Is this review positive or negative?\\n\\n{review}"
+        >>> out = df.llm.complete(question, schema=["positive", "negative"], model="local", temperature=0)
+        >>> out[["response", "response_status"]]
+           response response_status
+        0  positive              ok
+        1  negative              ok
+        """
+        return runner.complete(*self._call(prompt, keywords)).frame()
+
+    @takes_options(call_options)
+    async def acomplete(self, prompt: Prompt, **keywords: Any) -> pd.DataFrame:
+        """Do as `complete` does, for a caller that has an event loop.
+
+        Examples
+        --------
+        >>> df = pd.DataFrame({"review": ["It is a joy to use."]})
+        >>> async def label():
+        ...     return await df.llm.acomplete("Is it good or bad? {review}", schema=["good", "bad"], model="local")
+        >>> asyncio.run(label())["response_status"].tolist()
+        ['ok']
+        """
+        state = await runner.acomplete(*self._call(prompt, keywords))
+        return state.frame()
+
+    @takes_options(call_options)
+    def messages(self, prompt: Prompt, **keywords: Any) -> pd.Series[Any]:
+        """Give the messages that each row would send; nothing is sent.
+
+        Returns
+        -------
+        Series
+            A list of messages a row; None for a row that would be skipped.
+
+        Examples
+        --------
+        >>> df = pd.DataFrame({"text": ["Guten Tag"]})
+        >>> df.llm.messages("Translate: {text}", system="You translate.").iloc[0]
+        [{'role': 'system', 'content': 'You translate.'}, {'role': 'user', 'content': 'Translate: Guten Tag'}]
+        """
+        prompts, options = self._call(prompt, keywords)
+        selected = select(self._frame, options)
+        made = [None if isinstance(one, Missing) else one for one in prompts.render()]
+        cells = [one if chosen else None for one, chosen in zip(made, selected.tolist(), strict=True)]
+        return pd.Series(typed(cells, object), index=self._frame.index, name="messages")
+
+    def _call(self, prompt: Prompt, keywords: dict[str, Any]) -> tuple[Prompts, Options]:
+        options = gather(keywords)
+        prompts = Prompts(self._frame, prompt, system=options.system, examples=options.examples, na=options.na)
+        return prompts, options
+
+
+@pd.api.extensions.register_series_accessor("llm")
+class LLMSeries:
+    """A language model over the values of a Series."""
+
+    def __init__(self, series: pd.Series[Any]) -> None:
+        self._series = series
+
+    @takes_options(call_options)
+    def complete(self, prompt: str, **keywords: Any) -> pd.Series[Any]:
+        """Ask a model once for each value, and give the answers alone.
+
+        Parameters
+        ----------
+        prompt : str
+            A template in which ``{}`` is the value; the keywords are those of `LLMFrame.complete`.
+
+        Returns
+        -------
+        Series
+            The answers, with the index of this one. The other columns are in ``llmframe.last_run().frame``.
+
+        Examples
+        --------
+        >>> pd.Series(["It is a joy."]).llm.complete("Good or bad? {}", schema=["good", "bad"], model="local").tolist()
+        ['good']
+        """
+        if not isinstance(prompt, str) or "{}" not in prompt:
+            raise ConfigurationError(f"the prompt {prompt!r:.60} has no {{}} for the value, as in 'Translate: {{}}'")
+        name = "value" if self._series.name is None else self._series.name
+        frame = self._series.to_frame(name)
+        options = gather(keywords)
+        template = prompt.replace("{}", "{" + str(name) + "}")
+        prompts = Prompts(frame, template, system=options.system, examples=options.examples, na=options.na)
+        out = runner.complete(prompts, options).frame()
+        return out[options.output]

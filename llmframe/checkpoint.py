@@ -1,0 +1,556 @@
+"""The checkpoint: every answer that was paid for, by the key of its request, in a directory of parquet parts.
+
+An answer in a part that has its name is durable, and no later step of anybody (a merge, a crash in the middle of one,
+a second process, a damaged neighbour) takes it away from a reader.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import re
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+
+from llmframe.errors import CheckpointError
+from llmframe.parts import COLUMNS, Heads, NewerFormat, NotAPart, Origin, Part, PartWriter, Row, completions, encode
+from llmframe.progress import warn
+from llmframe.results import STATUSES, Completion, text_dtype
+from llmframe.storage import Storage, storage_at
+
+__all__ = ["Checkpoint", "Origin", "read_checkpoint"]
+
+FLUSH_S = 1.0  # what a kill may cost
+FLUSH_ROWS = 1_000  # the same for a fast endpoint
+FLUSH_CHARACTERS = 64 << 20  # the same for long answers, and what they may hold of memory
+
+FANOUT = 4  # parts of a size that become one: each answer is rewritten log4(n) times, and at most 3 of a size stay
+SMALL_BYTES = 256 << 10  # parts below this are of one size: opening one costs more than reading it
+WHOLE_BYTES = 32 << 20  # a part this large stays as it is: rewriting it would make no reader faster
+MERGE_BYTES = 4 * WHOLE_BYTES  # what one merge takes on, and so what it may hold of memory
+HANDFUL = 4  # the parts of its own a closed checkpoint leaves, the large ones aside
+SHORT_CHARACTERS = 40  # of a parameter's value: worth showing when it changes
+CROWD = 64  # parts of the dead that make opening slow enough to tidy first
+
+_PART = re.compile(r"part-(?P<writer>[0-9a-f]+)-[0-9]+\.parquet")
+
+_log = logging.getLogger("llmframe")
+_T = TypeVar("_T")
+
+
+class Checkpoint:
+    """A directory of answers, open for one run: what others left is found, what is new is added.
+
+    `add` may run while another thread is in `flush`; one thread at a time may call `add`.
+    """
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], origin: Origin) -> Checkpoint:
+        """Open the checkpoint at a directory or an fsspec URL, and make it if it is missing.
+
+        Raises
+        ------
+        CheckpointError
+            If it is not a directory, cannot be written, or holds a part of a newer format.
+        """
+        return cls(storage_at(path), os.fspath(path), origin.well_formed())
+
+    def __init__(self, storage: Storage, where: str, origin: Origin) -> None:
+        self._storage = storage
+        self._where = where
+        self._origin = origin
+        self._writer = f"{time.time_ns() // 1_000_000:012x}{os.urandom(5).hex()}"  # sorts by age
+        self._numbers = itertools.count(1)
+        self._rows: list[Row] = []
+        self._characters = 0
+        self._answered_at = 0
+        self._flushed = time.monotonic()
+        self._flushing = threading.Lock()
+        self._own: dict[str, int] = {}  # our parts and their sizes
+        self._merger: threading.Thread | None = None
+        self._no_merging = threading.Event()
+        self._unmergeable: set[str] = set()
+        self._held: int | None = None
+        self._parts = _Parts(storage, where)
+        try:
+            storage.claim(self._writer)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise CheckpointError(f"{where} is not a directory, and a checkpoint is one: name another path") from error
+        except OSError as error:
+            raise CheckpointError(
+                f"the checkpoint {where} cannot be written: {_reason(error)}; name a directory that can be"
+            ) from error
+        try:
+            names = [name for name, _ in self._parts.read(lambda part: part.origins)]
+            if len(names) > CROWD:
+                self._merge_dead()
+        except BaseException:
+            storage.release()
+            raise
+
+    @property
+    def held(self) -> int:
+        """The distinct answers the directory held, by whomever, when it was last searched."""
+        if self._held is None:
+            for _ in self.find({}):
+                pass
+        return self._held or 0
+
+    @property
+    def unsaved(self) -> int:
+        """The answers added and not yet durable."""
+        return len(self._rows)
+
+    def find(self, keys: Mapping[bytes, int]) -> Iterator[tuple[int, Completion]]:
+        """Yield the answers on disk to some of these keys, each with the number its key has, in no set order.
+
+        The newest answer of a key that was paid for is given; failures are not. Every part's keys are read once, and
+        only what is given is decoded, so ask for many keys at a time.
+
+        Parameters
+        ----------
+        keys : mapping of bytes to int
+            SHA-256 digests, each with a number of the caller's own from 0.
+        """
+        wanted = keys
+        first = True
+        while wanted or first:
+            candidates, held = [], []
+            for name, heads in self._parts.read(Part.heads):
+                # A quarter of a digest tells any number of them apart that a disk can hold.
+                held.append(_words(heads.keys[heads.paid])[:, 0])
+                numbers = map(wanted.get, heads.keys.tolist(), itertools.repeat(-1))
+                ids = np.fromiter(numbers, np.int64, len(heads.keys))
+                candidates.append(_Candidates.of(name, heads, ids[:, None], (ids >= 0) & heads.paid))
+            if first:
+                self._held = len(np.unique(np.concatenate(held))) if held else 0
+                first = False
+            missed: set[int] = set()
+            for name, rows, ids in _winners(candidates):
+                given = 0
+                try:
+                    with self._parts.open(name) as part:
+                        for table in part.take(rows):
+                            answers = completions(table)
+                            yield from zip(ids[given : given + len(answers), 0].tolist(), answers, strict=True)
+                            given += len(answers)
+                except (FileNotFoundError, NotAPart) as error:  # merged meanwhile, or damaged: look elsewhere
+                    self._parts.lost(name, error)
+                    missed.update(ids[given:, 0].tolist())
+            wanted = {key: number for key, number in keys.items() if number in missed} if missed else {}
+
+    def differs(self) -> str | None:
+        """Say what has changed since the answers in the directory were asked for; None if there are none."""
+        others = [origin for name, each in self._parts.origins.items() if self._writer not in name for origin in each]
+        if not others:
+            return None
+        here = self._origin
+        likeness = [sum(getattr(other, f.name) == getattr(here, f.name) for f in fields(Origin)) for other in others]
+        newest_of_nearest = max(range(len(others)), key=lambda i: (likeness[i], i))
+        return _difference(others[newest_of_nearest], here)
+
+    def add(self, key: bytes, completion: Completion) -> None:
+        """Take an answer, to be made durable by the next `flush`."""
+        # Strictly later than the one before, so that of two answers to a key the later one wins.
+        self._answered_at = max(time.time_ns() // 1_000, self._answered_at + 1)
+        self._rows.append((key, completion, self._answered_at))
+        if isinstance(completion.text, str):
+            self._characters += len(completion.text)
+
+    def due(self, now: float) -> bool:
+        """Say whether it is time to flush, by `time.monotonic`; not while a flush is under way."""
+        return (
+            bool(self._rows)
+            and (
+                now - self._flushed >= FLUSH_S or len(self._rows) >= FLUSH_ROWS or self._characters >= FLUSH_CHARACTERS
+            )
+            and not self._flushing.locked()
+        )
+
+    def flush(self) -> None:
+        """Make durable what was added before this call.
+
+        Raises
+        ------
+        CheckpointError
+            If it cannot be; then the answers stay where they were, and the next flush tries again.
+        """
+        with self._flushing:
+            rows = self._rows[:]
+            self._flushed = time.monotonic()
+            if not rows:
+                return
+            self._characters = 0
+            data = encode(rows, self._origin)
+            name = self._new_name()
+            try:
+                with self._storage.write(name) as file:
+                    file.write(data)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{len(rows):,} answers could not be saved in {self._where}: {_reason(error)}; mend that and make "
+                    "the same call again: what was saved before is not asked again"
+                ) from error
+            del self._rows[: len(rows)]
+            self._own[name] = data.size
+            self._merge_in_background()
+
+    def close(self, *, tidy: bool = True) -> None:
+        """Flush, leave a handful of parts, and let go of the directory.
+
+        Parameters
+        ----------
+        tidy : bool, default True
+            Merge parts, of the dead too. Without, the call takes no longer than the flush.
+
+        Raises
+        ------
+        CheckpointError
+            If the flush fails; the directory is let go of even so.
+        """
+        try:
+            if not tidy:
+                self._no_merging.set()
+            self.flush()
+            if tidy:
+                self._wait_for_merger()
+                self._merge_own(down_to=HANDFUL)
+                self._merge_dead()
+        finally:
+            self._no_merging.set()
+            self._wait_for_merger()
+            self._storage.release()
+
+    def _new_name(self) -> str:
+        return f"part-{self._writer}-{next(self._numbers):06d}.parquet"
+
+    def _merge_in_background(self) -> None:
+        # Not in the flush: the answers that come meanwhile would have to wait for a merge to become durable.
+        busy = self._merger is not None and self._merger.is_alive()
+        if not busy and not self._no_merging.is_set() and self._full_tier(self._own):
+            self._merger = threading.Thread(target=self._merge_own, name="llmframe-merge")
+            self._merger.start()
+
+    def _wait_for_merger(self) -> None:
+        if self._merger is not None:
+            self._merger.join()
+
+    def _merge_own(self, down_to: int | None = None) -> None:
+        with self._merging():
+            while names := self._full_tier(self._own):
+                self._merge(names, self._own)
+            small = sorted(self._mergeable(self._own), key=self._own.__getitem__)
+            if down_to is not None and len(small) > down_to:
+                self._merge(small[: len(small) - down_to + 1], self._own)
+
+    def _merge_dead(self) -> None:
+        """Merge what writers that are gone have left, with our own where the sizes fit."""
+        with self._merging(), self._storage.housekeeping() as mine:
+            if not mine:
+                return
+            self._storage.sweep()
+            sizes = self._storage.parts()
+            writers = {name: match["writer"] for name in sizes if (match := _PART.fullmatch(name))}
+            dead = self._storage.dead(set(writers.values()) - {self._writer})
+            left = {name: sizes[name] for name, writer in writers.items() if writer in dead or name in self._own}
+            while names := self._full_tier(left):
+                self._merge(names, left)
+
+    def _mergeable(self, sizes: Mapping[str, int]) -> list[str]:
+        return [name for name, size in sizes.items() if size < WHOLE_BYTES and name not in self._unmergeable]
+
+    def _full_tier(self, sizes: Mapping[str, int]) -> list[str]:
+        """Choose parts of one size, the smallest there are enough of, as many as one merge takes on."""
+        sizes = dict(sizes)  # another thread may add to it
+        tiers: defaultdict[int, list[str]] = defaultdict(list)
+        for name in sorted(self._mergeable(sizes)):
+            tiers[((sizes[name] // SMALL_BYTES).bit_length() + 1) // 2].append(name)
+        for _, names in sorted(tiers.items()):
+            if len(names) >= FANOUT:
+                totals = itertools.accumulate(sizes[name] for name in names)
+                return [name for name, total in zip(names, totals, strict=True) if total <= MERGE_BYTES]
+        return []
+
+    def _merge(self, names: Sequence[str], sizes: dict[str, int]) -> None:
+        """Write the winning rows of some parts as one part, then delete them; `sizes` is kept true."""
+        candidates: list[_Candidates] = []
+        origins: dict[Origin, int] = {}
+        for name in names:
+            try:
+                with self._parts.open(name) as part:
+                    if part.extra:
+                        raise NotAPart(f"a later llmframe wrote {', '.join(part.extra)}")
+                    heads = part.heads()
+                    for origin in part.origins:
+                        origins.setdefault(origin, len(origins))
+            except FileNotFoundError:
+                sizes.pop(name)
+                continue
+            except (NotAPart, CheckpointError):
+                self._unmergeable.add(name)
+                continue
+            candidates.append(_Candidates.of(name, heads, _words(heads.keys)))
+            self._stop_if_asked()
+        if len(candidates) < 2:
+            return
+        merged = self._new_name()
+        with self._storage.write(merged) as file:
+            with PartWriter(file, list(origins)) as writer:
+                for name, rows, _ in _winners(candidates):
+                    with self._parts.open(name) as part:
+                        for table in part.take(rows):
+                            writer.write(_renumbered(table, [origins[origin] for origin in part.origins]))
+                            self._stop_if_asked()
+            size = file.tell()
+        sizes[merged] = self._own[merged] = size
+        for candidate in candidates:
+            self._storage.delete(candidate.name)
+            sizes.pop(candidate.name)
+            self._own.pop(candidate.name, None)
+
+    @contextmanager
+    def _merging(self) -> Iterator[None]:
+        """Let a merge fail without harm: what it would have merged is still there. One failure is enough for a run."""
+        try:
+            yield
+        except _NoMerging:
+            pass
+        except (OSError, NotAPart, CheckpointError, pa.ArrowException) as error:
+            self._no_merging.set()
+            _log.warning("the parts of %s are not merged: %s", self._where, error)
+
+    def _stop_if_asked(self) -> None:
+        if self._no_merging.is_set():
+            raise _NoMerging
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> pd.DataFrame:
+    """Read everything a checkpoint holds, as one frame.
+
+    Parameters
+    ----------
+    path : str or path
+        The directory or fsspec URL that was given as ``checkpoint=``.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a request, in the order they were answered: ``key`` (hexadecimal), the columns that
+        ``details=True`` adds, with ``text`` for the answer (``texts``, a list, under ``n=``), ``answered_at``, and
+        what it was asked with: ``endpoint``, ``api``, ``asked_model``, ``template`` and ``parameters`` (JSON).
+        A failure is shown where there is no answer.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such directory, or it holds a part of a newer format.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from llmframe import read_checkpoint
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     answers = read_checkpoint(directory)
+    >>> len(answers)
+    0
+    >>> answers["prompt_tokens"].dtype
+    Int64Dtype()
+    """
+    where = os.fspath(path)
+    parts = _Parts(storage_at(path), where)
+    while True:
+        candidates = [_Candidates.of(name, heads, _words(heads.keys)) for name, heads in parts.read(Part.heads)]
+        tables, origins = [], dict[Origin, int]()
+        for name, rows, _ in _winners(candidates):
+            try:
+                with parts.open(name) as part:
+                    numbers = [origins.setdefault(origin, len(origins)) for origin in part.origins]
+                    tables += [_renumbered(table, numbers) for table in part.take(rows)]
+            except (FileNotFoundError, NotAPart) as error:
+                parts.lost(name, error)
+                break
+        else:
+            return _frame(pa.concat_tables([COLUMNS.empty_table(), *tables]), list(origins))
+
+
+class _Parts:
+    """The parts of a checkpoint as a reader meets them, while others write and merge.
+
+    Whatever was durable when a reading began is met in it, in one part or another.
+    """
+
+    def __init__(self, storage: Storage, where: str) -> None:
+        self._storage = storage
+        self._where = where
+        self._skipped: set[str] = set()
+        self.origins: dict[str, tuple[Origin, ...]] = {}
+        """The origins of every part met so far."""
+
+    def read(self, read: Callable[[Part], _T]) -> Iterator[tuple[str, _T]]:
+        """Read something of every part, each once, the oldest first."""
+        met: set[str] = set()
+        vanished = True
+        while vanished:
+            vanished = False
+            for name in sorted(self._list() - met):
+                met.add(name)
+                try:
+                    with self.open(name) as part:
+                        self.origins[name] = part.origins
+                        found = read(part)
+                except FileNotFoundError:  # merged meanwhile, so that its rows are in a part not met yet
+                    vanished = True
+                except NotAPart as error:
+                    self.lost(name, error)
+                else:
+                    yield name, found
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[Part]:
+        """Open one part; `FileNotFoundError` if it is gone, `NotAPart` if it is none."""
+        with ExitStack() as stack:
+            try:
+                part = Part(stack.enter_context(self._storage.open(name)))
+            except PermissionError as error:
+                raise NotAPart("it may not be read") from error
+            except NewerFormat as error:
+                raise CheckpointError(f"{self._where}/{name} cannot be read: {error}") from None
+            yield part
+
+    def lost(self, name: str, error: FileNotFoundError | NotAPart) -> None:
+        """Warn of a part that is none, once, and never open it again."""
+        if isinstance(error, NotAPart) and name not in self._skipped:
+            self._skipped.add(name)
+            warn(f"{self._where}/{name} is skipped: {error}; what it may have answered is asked again; move it away")
+
+    def _list(self) -> set[str]:
+        try:
+            return self._storage.parts().keys() - self._skipped
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CheckpointError(f"there is no checkpoint at {self._where}; check the path") from error
+        except OSError as error:
+            raise CheckpointError(
+                f"the checkpoint {self._where} cannot be listed: {_reason(error)}; try again"
+            ) from error
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Candidates:
+    """Rows of one part that may be the ones to give back: those of one `ids` row stand against each other."""
+
+    name: str
+    rows: npt.NDArray[np.int64]
+    ids: npt.NDArray[Any]
+    paid: npt.NDArray[np.bool_]
+    answered_at: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(
+        cls, name: str, heads: Heads, ids: npt.NDArray[Any], chosen: npt.NDArray[np.bool_] | None = None
+    ) -> _Candidates:
+        rows = np.arange(len(heads.keys)) if chosen is None else np.flatnonzero(chosen)
+        return cls(name, rows, ids[rows], heads.paid[rows], heads.answered_at[rows])
+
+
+def _winners(candidates: Sequence[_Candidates]) -> Iterator[tuple[str, npt.NDArray[np.int64], npt.NDArray[Any]]]:
+    """Choose one row for each id: the newest that was paid for, else the newest. Yield part, rows and their ids."""
+    if not candidates:
+        return
+    ids = np.concatenate([each.ids for each in candidates])
+    paid = np.concatenate([each.paid for each in candidates])
+    answered_at = np.concatenate([each.answered_at for each in candidates])
+    order = np.lexsort((answered_at, paid, *ids.T))
+    last = np.ones(len(order), np.bool_)
+    last[:-1] = (ids[order[1:]] != ids[order[:-1]]).any(axis=1)
+    won = np.zeros(len(order), np.bool_)
+    won[order[last]] = True
+    start = 0
+    for each in candidates:
+        mine = won[start : start + len(each.rows)]
+        start += len(each.rows)
+        if mine.any():
+            yield each.name, each.rows[mine], each.ids[mine]
+
+
+def _words(keys: npt.NDArray[np.void]) -> npt.NDArray[np.uint64]:
+    """See digests as rows of four integers, which sort fast."""
+    return keys.view(np.uint64).reshape(-1, 4)
+
+
+def _renumbered(table: pa.Table, numbers: Sequence[int]) -> pa.Table:
+    """Point each row to its origin's number in another part."""
+    index = COLUMNS.get_field_index("origin")
+    old = table["origin"].to_numpy(zero_copy_only=False)  # floats where one is null
+    known = (old >= 0) & (old < len(numbers))
+    new = np.asarray(numbers or [0], np.int32)[np.where(known, old, 0).astype(np.int64)]
+    return table.set_column(index, COLUMNS.field(index), pa.array(new, pa.int32(), mask=~known))
+
+
+def _difference(then: Origin, now: Origin) -> str:
+    """Say in words what a person changed between two origins."""
+    said = [
+        f"the {name} was {getattr(then, name)}, now {getattr(now, name)}"
+        for name in ("endpoint", "api", "model")
+        if getattr(then, name) != getattr(now, name)
+    ]
+    if then.template != now.template:
+        said.append("the prompt has changed since")
+    if then.parameters != now.parameters:
+        old, new = _parameters(then), _parameters(now)
+        names = sorted(old.keys() | new.keys())
+        said += [_parameter(name, old, new) for name in names if old.get(name) != new.get(name)]
+    return "; ".join(said) or "the rows have changed since"
+
+
+def _parameters(origin: Origin) -> dict[str, object]:
+    try:
+        read = json.loads(origin.parameters)
+    except ValueError:  # what is on disk need not be ours
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
+def _parameter(name: str, old: Mapping[str, object], new: Mapping[str, object]) -> str:
+    was, now = (json.dumps(each[name]) if name in each else "not set" for each in (old, new))
+    if max(len(was), len(now)) > SHORT_CHARACTERS:
+        return f"{name} has changed since"
+    return f"{name} was {was}, now {now}"
+
+
+def _frame(table: pa.Table, origins: Sequence[Origin]) -> pd.DataFrame:
+    text = text_dtype()
+    dtypes = {pa.string(): text, pa.int64(): pd.Int64Dtype(), pa.float64(): pd.Float64Dtype()}
+    table = table.sort_by("answered_at")
+    plain = table.drop_columns(["key", "texts", "origin"])
+    frame: pd.DataFrame = plain.to_pandas(types_mapper=dtypes.get)
+    frame.insert(0, "key", pd.Series([key.hex() for key in table["key"].to_pylist()], dtype=text))
+    frame.insert(3, "texts", pd.Series(table["texts"].to_pylist(), dtype=object))
+    frame["status"] = pd.Categorical(frame["status"], categories=list(STATUSES))
+    codes = table["origin"].fill_null(-1).to_numpy()
+    for field in fields(Origin):
+        values = [getattr(origin, field.name) for origin in origins]
+        categories = pd.Index(sorted(set(values)), dtype=text)
+        places = categories.get_indexer([*values, None])  # the last, -1, is where a code of -1 points
+        name = "asked_model" if field.name == "model" else field.name
+        frame[name] = pd.Categorical.from_codes(places[codes], categories=categories)
+    return frame
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error) or type(error).__name__
+
+
+class _NoMerging(Exception):
+    """The run wants to end, or a merge failed before."""

@@ -1,0 +1,504 @@
+"""Endpoints: from an openai client, or the pieces of one, to bytes in and bytes out.
+
+The openai client stays the owner of the URL, the key and the headers. There are three ways to send, behind one
+protocol: aiohttp with the client's public properties, where those are all there is to it; the SDK's own ``post`` for a
+client with more to it (Azure, Bedrock, a transport or a refreshing key of the user's own); and the same in threads
+for a synchronous one. None of them retries, follows a redirect, or hands on the key that a reply quotes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+import threading
+import urllib.request
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import aiohttp
+import httpx2
+import openai
+import orjson
+import yarl
+
+from llmframe.errors import ConfigurationError, EndpointError
+from llmframe.failures import Unreachable
+from llmframe.requests import identity
+
+PATH = "/chat/completions"
+CONNECT_S = 10.0  # a host that takes no connection for this long is not there
+KEEPALIVE_S = 30.0  # shorter than the idle limits of common servers and proxies (60 s), so none closes under a request
+FILES_SHARE = 0.75  # of the files a process may open, for connections; the rest is for everything else
+POOL = 100  # connections of an HTTP client that does not say how many: httpx's own default
+SECRET_NAME = re.compile(r"auth|key|token|secret|cookie|sig", re.IGNORECASE)  # of a header or a query parameter
+SECRET_LENGTH = 8  # characters; shorter ones are words like "EMPTY" and "local", which would blot out honest text
+AUTOMATIC = ("Accept", "Content-Type", "User-Agent")  # what aiohttp adds by itself where the client's owner took it out
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came back: any status, the headers, the body as bytes."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Lost(Unreachable):
+    """A connection that was made, and lost before the reply was whole: somebody was there."""
+
+
+class Transport(Protocol):
+    """A way to send: bytes in, a reply out.
+
+    Attributes
+    ----------
+    most : int
+        Requests that it can carry at one time; more would wait inside it, where nobody sees them.
+    """
+
+    most: int
+
+    async def send(self, body: bytes) -> Reply:
+        """Send one request.
+
+        Raises
+        ------
+        Unreachable
+            No reply came.
+        EndpointError
+            The user's own client could not send at all.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Let go of the connections."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a run sends its requests.
+
+    Attributes
+    ----------
+    identity : str
+        What its answers are kept under, whatever key or port it was reached with.
+    url : str
+        Where requests go, as built, for messages.
+    key : hashable
+        Two endpoints with the same key share connections and learned limits. It holds the API key.
+    open : callable
+        Makes the transport, on the loop that will use it.
+    bound : bool
+        Whether its connections belong to the caller's event loop: a client with a transport of its own.
+    """
+
+    identity: str
+    url: str
+    key: Hashable = field(repr=False)
+    open: Callable[[], Transport] = field(repr=False)
+    bound: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What a call adds to every request beside the body: ``extra_headers=`` and ``extra_query=``."""
+
+    headers: tuple[tuple[str, str], ...] = ()
+    query: tuple[tuple[str, str], ...] = ()
+
+
+def resolve(
+    *,
+    client: Any = None,
+    base_url: str | None = None,
+    api_key: Any = None,
+    local_model: bool = False,
+    extras: Extras = Extras(),
+) -> Endpoint:
+    """Find out where to send and how.
+
+    Parameters
+    ----------
+    client : openai.AsyncOpenAI, openai.OpenAI or a subclass, optional
+        The user's own client.
+    base_url, api_key : str, optional
+        The pieces of one; else ``OPENAI_BASE_URL`` and ``OPENAI_API_KEY``.
+    local_model : bool
+        Serve the embedded model and send there.
+    extras : Extras
+        Headers and query parameters of the call.
+
+    Raises
+    ------
+    ConfigurationError
+        No key, a client that is none, or a URL that is none.
+    """
+    if client is not None:
+        if base_url is not None or api_key is not None:
+            raise ConfigurationError("client= brings its own URL and key; pass it, or base_url= and api_key=, not both")
+        return _of_client(client, extras)
+    if local_model:
+        if base_url is not None:
+            raise ConfigurationError(
+                'model="local" is the embedded model, which has no base_url; leave one of them out'
+            )
+        from llmframe import local
+
+        served = _of_client(_client(local.serve(), "local"), extras)
+        return Endpoint(local.identity(), served.url, served.key, served.open)
+    if base_url is not None:
+        check_url(base_url)
+    if api_key is None and not os.environ.get("OPENAI_API_KEY"):
+        raise ConfigurationError(
+            "no API key: set the environment variable OPENAI_API_KEY, or pass api_key= "
+            '(any text will do for a server that asks for none); model="local" needs none'
+        )
+    return _of_client(_client(base_url, api_key), extras)
+
+
+def check_url(base_url: Any, name: str = "base_url") -> None:
+    """Refuse what is no URL of an endpoint.
+
+    Raises
+    ------
+    ConfigurationError
+        Naming what is wrong with it.
+    """
+    parts = urlsplit(base_url) if isinstance(base_url, str) else None
+    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigurationError(f"{name}={base_url!r} is no URL; write it as in 'http://localhost:8000/v1'")
+
+
+def _client(base_url: str | None, api_key: Any) -> openai.AsyncOpenAI:
+    try:
+        return openai.AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0)
+    except ImportError as error:  # a SOCKS proxy in the environment, and no package for it
+        raise ConfigurationError(f"the openai client cannot be made: {error}") from error
+
+
+def _of_client(client: Any, extras: Extras) -> Endpoint:
+    if not isinstance(client, openai.AsyncOpenAI | openai.OpenAI):
+        raise ConfigurationError(
+            f"client= is of type {type(client).__name__}; it has to be an openai.AsyncOpenAI or openai.OpenAI client"
+        )
+    base_url = str(client.base_url)
+    check_url(base_url, "the client's base_url")
+    url = base_url.rstrip("/") + PATH
+    proxy = _proxy(base_url)
+    if is_plain(client) and (proxy is None or proxy.startswith(("http://", "https://"))):
+        headers = _merged(client.auth_headers, client.default_headers, dict(extras.headers))
+        _check_headers(headers)
+        target = yarl.URL(url, encoded=True).update_query(extras.query)
+        timeout = _timeout(client)
+        return Endpoint(
+            identity(base_url),
+            url,
+            ("aiohttp", target, tuple(sorted(headers.items())), proxy, timeout),
+            lambda: AiohttpTransport(target, headers, proxy, timeout),
+        )
+    # A client is its own key: another one at the same place in memory must not find this one's connections.
+    shown = _without_secrets(url)
+    if isinstance(client, openai.OpenAI):
+        return Endpoint(identity(base_url), shown, ("threads", client, extras), lambda: ThreadTransport(client, extras))
+    return Endpoint(
+        identity(base_url),
+        shown,
+        ("sdk", client, extras),
+        lambda: SdkTransport(client, extras),
+        bound=not _is_default_transport(client),
+    )
+
+
+def is_plain(client: openai.AsyncOpenAI | openai.OpenAI) -> bool:
+    """Whether all there is to a client are its base URL, its headers and its timeout.
+
+    What tells is private to the SDK. Where a version of it names things otherwise, the answer is no, and the
+    client is sent through the SDK: slower, and as right.
+    """
+    if type(client) not in (openai.AsyncOpenAI, openai.OpenAI) or not _is_default_transport(client):
+        return False
+    try:
+        return (
+            client._api_key_provider is None
+            and client._provider_runtime is None
+            and client.workload_identity is None
+            and not client.default_query
+            and not client.base_url.query
+            and not client.base_url.userinfo
+            and not any(client._client.event_hooks.values())
+            and client._client.auth is None
+            and not client._client.cookies
+            and bool(client.auth_headers)
+        )
+    except AttributeError:
+        return False
+
+
+def _is_default_transport(client: openai.AsyncOpenAI | openai.OpenAI) -> bool:
+    transport = getattr(client, "_client", None)
+    return type(transport).__name__ in ("AsyncHttpxClientWrapper", "SyncHttpxClientWrapper")
+
+
+def _merged(*mappings: Mapping[str, Any]) -> dict[str, str]:
+    """Merge headers as the SDK does: the case of a name means nothing, the later wins, an Omit takes one out."""
+    merged: dict[str, tuple[str, Any]] = {}
+    for mapping in mappings:
+        merged.update({name.lower(): (name, value) for name, value in mapping.items()})
+    return {name: value for name, value in merged.values() if isinstance(value, str)}
+
+
+def _check_headers(headers: Mapping[str, str]) -> None:
+    for name, value in headers.items():
+        if not value.isascii() or not value.isprintable():
+            raise ConfigurationError(
+                f"the header {name} holds a character that no header may (a line break at the end of the key?); "
+                "its value is not shown here"
+            )
+
+
+def _timeout(client: openai.AsyncOpenAI | openai.OpenAI) -> aiohttp.ClientTimeout:
+    """Give the client's own timeouts, where its owner set any; the engine's come on top."""
+    own: Any = client.timeout
+    if own == openai.DEFAULT_TIMEOUT:
+        return aiohttp.ClientTimeout(total=None, connect=CONNECT_S)
+    return aiohttp.ClientTimeout(total=None, connect=getattr(own, "connect", own), sock_read=getattr(own, "read", own))
+
+
+def _proxy(base_url: str) -> str | None:
+    """Give the proxy that the environment names for a URL, by the standard library's reading of it."""
+    parts = urlsplit(base_url)
+    host = parts.hostname or ""
+    if urllib.request.proxy_bypass(host if parts.port is None else f"{host}:{parts.port}"):
+        return None
+    proxies = urllib.request.getproxies()
+    return proxies.get(parts.scheme) or proxies.get("all")
+
+
+def _files() -> int:
+    """Give the connections that this process may open."""
+    if sys.platform == "win32":
+        return 2**31
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 2**31 if limit == resource.RLIM_INFINITY else max(1, int(FILES_SHARE * limit))
+
+
+class AiohttpTransport:
+    """Sends bytes over one aiohttp session: the fast way.
+
+    Parameters
+    ----------
+    url : yarl.URL
+        Where to.
+    headers : mapping
+        With every request.
+    proxy : str or None
+        An HTTP proxy.
+    timeout : aiohttp.ClientTimeout
+        For connecting, and the client's own.
+    """
+
+    def __init__(
+        self, url: yarl.URL, headers: Mapping[str, str], proxy: str | None, timeout: aiohttp.ClientTimeout
+    ) -> None:
+        self.most = _files()
+        self._url = url
+        self._proxy = proxy
+        self._secrets = _secrets([*headers.items(), *url.query.items()])
+        self._session = aiohttp.ClientSession(
+            # The window is the limit; a second one here would only hide a queue from it.
+            connector=aiohttp.TCPConnector(
+                limit=0, ssl=_tls() if url.scheme == "https" else True, keepalive_timeout=KEEPALIVE_S
+            ),
+            headers=headers,
+            skip_auto_headers=AUTOMATIC,
+            timeout=timeout,
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+
+    async def send(self, body: bytes) -> Reply:
+        """Send one request; see `Transport`."""
+        try:
+            # A redirect would carry the key along, or turn the POST into a GET; it comes back as the failure it is.
+            async with self._session.post(self._url, data=body, proxy=self._proxy, allow_redirects=False) as response:
+                return Reply(response.status, response.headers, _redacted(await response.read(), self._secrets))
+        except aiohttp.ClientConnectorCertificateError as error:
+            raise Unreachable("certificate", str(error.certificate_error)) from error
+        except aiohttp.SocketTimeoutError as error:
+            raise Unreachable("timeout", f"the client's own timeout passed: {error}") from error
+        except (aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError) as error:
+            raise Unreachable("connection", str(error) or type(error).__name__) from error
+        except aiohttp.ConnectionTimeoutError as error:
+            raise Unreachable("connection", "no connection in time") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise Lost("connection", str(error) or type(error).__name__) from error
+
+    async def close(self) -> None:
+        """Close the session."""
+        await self._session.close()
+
+
+def _tls() -> Any:
+    # The SDK's own context: the system's store, and SSL_CERT_FILE and SSL_CERT_DIR where they are set.
+    return httpx2.create_ssl_context()
+
+
+class SdkTransport:
+    """Sends through the SDK's door for custom requests, so that all the client is configured with holds.
+
+    Parameters
+    ----------
+    client : openai.AsyncOpenAI
+        Any client; one without a transport of its own is given the SDK's aiohttp one.
+    extras : Extras
+        Headers and query parameters of the call.
+    """
+
+    def __init__(self, client: openai.AsyncOpenAI, extras: Extras) -> None:
+        self._own: httpx2.AsyncClient | None = None
+        if _is_default_transport(client):
+            self._own = openai.DefaultAioHttpClient(limits=httpx2.Limits(max_connections=None))
+            client = client.with_options(http_client=self._own)
+        self.most = _files() if self._own is not None else _pool(client)
+        self._client = client
+        self._options = _request_options(extras)
+
+    async def send(self, body: bytes) -> Reply:
+        """Send one request; see `Transport`."""
+        # As a dict: Azure reads the deployment from it, and Bedrock signs what it makes of it.
+        payload = orjson.loads(body)
+        try:
+            return _reply(await self._client.post(PATH, cast_to=httpx2.Response, body=payload, options=self._options))
+        except Exception as error:
+            return _reply_of(error)
+
+    async def close(self) -> None:
+        """Close the transport, if it is ours."""
+        if self._own is not None:
+            await self._own.aclose()
+
+
+class ThreadTransport:
+    """Sends through a synchronous client, a thread for each request in flight.
+
+    The threads are daemons: a request that hangs, and cannot be called back, must not keep the process.
+
+    Parameters
+    ----------
+    client : openai.OpenAI
+        A client that is more than its properties.
+    extras : Extras
+        Headers and query parameters of the call.
+    """
+
+    def __init__(self, client: openai.OpenAI, extras: Extras) -> None:
+        self.most = _pool(client)
+        self._client = client
+        self._options = _request_options(extras)
+
+    async def send(self, body: bytes) -> Reply:
+        """Send one request; see `Transport`."""
+        loop = asyncio.get_running_loop()
+        outcome: asyncio.Future[Reply] = loop.create_future()
+
+        def settle(reply: Reply | None, error: BaseException | None) -> None:
+            if outcome.done():  # given up meanwhile
+                return
+            if reply is not None:
+                outcome.set_result(reply)
+            elif error is not None:
+                outcome.set_exception(error)
+
+        def work() -> None:
+            reply: Reply | None = None
+            problem: BaseException | None = None
+            try:
+                reply = self._send(body)
+            except BaseException as error:
+                problem = error
+            with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+                loop.call_soon_threadsafe(settle, reply, problem)
+
+        threading.Thread(target=work, name="llmframe-send", daemon=True).start()
+        return await outcome
+
+    def _send(self, body: bytes) -> Reply:
+        payload = orjson.loads(body)
+        try:
+            return _reply(self._client.post(PATH, cast_to=httpx2.Response, body=payload, options=self._options))
+        except Exception as error:
+            return _reply_of(error)
+
+    async def close(self) -> None:
+        """Leave the client as it is: it is the user's."""
+
+
+def _request_options(extras: Extras) -> Any:
+    options: dict[str, Any] = {"max_retries": 0, "follow_redirects": False}
+    if extras.headers:
+        options["headers"] = dict(extras.headers)
+    if extras.query:
+        options["params"] = dict(extras.query)
+    return options
+
+
+def _pool(client: openai.AsyncOpenAI | openai.OpenAI) -> int:
+    """Give the connections that a client's transport opens at most."""
+    transport: Any = client._client
+    try:
+        most = transport._transport._pool._max_connections
+    except AttributeError:
+        most = POOL
+    return min(most, _files()) if isinstance(most, int) and most > 0 else POOL
+
+
+def _reply(response: Any) -> Reply:
+    request = response.request
+    secrets = _secrets([*request.headers.items(), *request.url.params.items()])
+    return Reply(response.status_code, response.headers, _redacted(response.content, secrets))
+
+
+def _reply_of(error: Exception) -> Reply:
+    """Read what the SDK raised: a reply of another status, no reply, or a fault of the user's own client."""
+    if isinstance(error, openai.APIStatusError):
+        return _reply(error.response)
+    if not isinstance(error, openai.APIConnectionError):
+        words = f"{type(error).__name__}: {error}"
+        raise EndpointError(f"the client could not send the request: {words}; mend client=") from error
+    cause = error.__cause__ or error
+    secrets = _secrets([*error.request.headers.items(), *error.request.url.params.items()])
+    words = _redacted((str(cause) or type(cause).__name__).encode(), secrets).decode()
+    if "certificate" in words.lower():
+        raise Unreachable("certificate", words) from error
+    if type(cause).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError"):  # httpx's and httpx2's
+        raise Unreachable("connection", words) from error
+    if isinstance(error, openai.APITimeoutError):
+        raise Unreachable("timeout", f"the client's own timeout passed: {words}") from error
+    raise Lost("connection", words) from error
+
+
+def _secrets(pairs: Iterable[tuple[str, str]]) -> tuple[bytes, ...]:
+    """Choose what no message may show from the headers and query parameters of a request."""
+    values = (value.split(" ", 1)[-1] for name, value in pairs if SECRET_NAME.search(name))  # without "Bearer "
+    return tuple(value.encode() for value in values if len(value) >= SECRET_LENGTH)
+
+
+def _redacted(text: bytes, secrets: tuple[bytes, ...]) -> bytes:
+    for secret in secrets:
+        if secret in text:
+            text = text.replace(secret, b"***")
+    return text
+
+
+def _without_secrets(url: str) -> str:
+    """Give a URL without its user, password and query."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -1,0 +1,424 @@
+"""The engine: workers that send requests as fast as the line lets them, and try again what may yet succeed.
+
+A request is made when a worker is free for it and let go when its outcome is delivered, so memory follows what
+is in flight and not what waits. Whatever was answered is delivered, also while the run is being stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from llmframe import answers, failures
+from llmframe.endpoint import CONNECT_S, Endpoint, Lost, Reply
+from llmframe.errors import EndpointError
+from llmframe.failures import Failure, Unreachable
+from llmframe.limits import rate_headers, retry_after_s
+from llmframe.lines import Line
+from llmframe.pacing import Caps
+from llmframe.results import Completion
+from llmframe.timeouts import Timeout
+
+FIRST_PATIENCE_S = 12.0  # nothing ever answered: most likely the address is wrong, and the user sits waiting
+PATIENCE_S = 600.0  # an endpoint that has answered comes back: a deployment, a restart, a change of network
+GRACE_S = 1.0  # what is in flight is paid for: how long a stopped run waits for it
+ALIKE = 20  # the same refusal of so many first rows, with no answer among them, is the run's failure
+BYTES_A_TOKEN = 4  # of English; the pacer learns how far that is off
+EXPECTED_TOKENS = 64  # reserved for an answer, until the pacer has learned what requests really take
+
+
+class Read(Protocol):
+    """Reads the JSON of a reply; None where it holds no answer."""
+
+    def __call__(self, payload: Any, *, latency_s: float, attempts: int, request_id: str | None) -> Completion | None:
+        """Give the completion."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What a run allows.
+
+    Attributes
+    ----------
+    caps : Caps
+        Hard caps on requests in flight and on rates.
+    max_attempts : int
+        Requests for one row, at most; those that failed for the endpoint's sake do not count.
+    timeout_s : float or None
+        Of one attempt; None learns it.
+    """
+
+    caps: Caps = field(default_factory=Caps)
+    max_attempts: int = 8
+    timeout_s: float | None = None
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a run has sent and met so far."""
+
+    sent: int = 0
+    answered: int = 0
+    in_flight: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request on its way.
+
+    Attributes
+    ----------
+    number, body, tokens : int, bytes, int
+        The request, and about what it takes of a token limit.
+    attempts, strikes, timeouts : int
+        Requests sent; those that count against the most a row may have; those that timed out.
+    started, answered_before : float, int
+        When the last attempt began, and how many answers the run had then.
+    deadline : asyncio.Timeout or None
+        Ends the attempt when it has taken too long.
+    """
+
+    number: int
+    body: bytes
+    tokens: int
+    attempts: int = 0
+    strikes: int = 0
+    timeouts: int = 0
+    started: float = 0.0
+    answered_before: int = 0
+    deadline: asyncio.Timeout | None = None
+
+
+class Crew:
+    """The workers of one run.
+
+    Parameters
+    ----------
+    line : Line
+        Where they send.
+    endpoint : Endpoint
+        What messages may say of it.
+    requests : iterator of (int, bytes)
+        Each request's number and body, made as it is asked for.
+    read : callable
+        Reads a reply.
+    deliver : callable
+        Takes each request's outcome, once; what it raises stops the run.
+    policy : Policy
+        What the run allows.
+    tally : Tally
+        Where the run counts.
+    """
+
+    def __init__(
+        self,
+        line: Line,
+        endpoint: Endpoint,
+        requests: Iterator[tuple[int, bytes]],
+        read: Read,
+        deliver: Callable[[int, Completion], None],
+        policy: Policy,
+        tally: Tally,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._line = line
+        self._endpoint = endpoint
+        self._requests = requests
+        self._read = read
+        self._deliver = deliver
+        self._policy = policy
+        self._tally = tally
+        self._timeout = Timeout(policy.timeout_s)
+        self._workers: set[asyncio.Task[None]] = set()
+        self._flying: dict[Job, asyncio.Task[None]] = {}  # the oldest first
+        self._due: deque[Job] = deque()  # retries whose wait is over
+        self._later: dict[Job, asyncio.TimerHandle] = {}  # retries that wait
+        self._exhausted = False
+        self._open = 0  # requests begun and not yet delivered
+        self._struck = 0  # those of them that have a strike
+        self._began = self._loop.time()
+        self._unreached_since: float | None = None
+        self._trouble = ""  # the last failure, for the message when patience runs out
+        self._refusals: list[int | None] | None = []  # HTTP statuses of the first rows, while all are one 4xx
+        self._finished: asyncio.Future[None] = self._loop.create_future()
+
+    async def run(self) -> None:
+        """Send every request and deliver every outcome.
+
+        Raises
+        ------
+        EndpointError
+            The endpoint will not answer any row.
+        """
+        self._line.join(self._on_tick)
+        try:
+            self._hire()
+            await self._finished
+        finally:
+            try:
+                await self._wind_down()
+            finally:
+                self._tally.in_flight = 0
+                self._line.leave(self._on_tick)
+
+    async def _wind_down(self) -> None:
+        """Wait a moment for what is in flight, and let go of the rest."""
+        for timer in self._later.values():
+            timer.cancel()
+        flying = set(self._flying.values())
+        for worker in self._workers - flying:
+            worker.cancel()
+        try:
+            if flying:
+                await asyncio.wait(flying, timeout=GRACE_S)
+        finally:
+            for worker in self._workers:
+                worker.cancel()
+            if self._workers:
+                await asyncio.wait(self._workers)
+
+    # -- workers
+
+    def _hire(self) -> None:
+        """Add a worker, if there may be work for one more; each that finds work hires the next."""
+        if len(self._workers) < self._line.pacer.window and (self._due or not self._exhausted):
+            worker = self._loop.create_task(self._work())
+            self._workers.add(worker)
+            worker.add_done_callback(self._workers.discard)
+
+    async def _work(self) -> None:
+        try:
+            while (job := self._take()) is not None:
+                self._hire()
+                await self._line.enter(job.tokens)
+                await self._attempt(job)
+        except Exception as error:
+            self._stop(error)
+
+    def _take(self) -> Job | None:
+        if self._finished.done():
+            return None
+        if self._due:
+            return self._due.popleft()
+        if self._exhausted:
+            return None
+        try:
+            number, body = next(self._requests)
+        except StopIteration:
+            self._exhausted = True
+            self._finish_if_done()
+            return None
+        self._open += 1
+        return Job(number, body, len(body) // BYTES_A_TOKEN + EXPECTED_TOKENS)
+
+    # -- one attempt
+
+    async def _attempt(self, job: Job) -> None:
+        """Send a request once, and deliver its outcome or put it by for a retry."""
+        task = asyncio.current_task()
+        assert task is not None
+        job.attempts += 1
+        job.started = self._loop.time()
+        job.answered_before = self._tally.answered
+        self._tally.sent += 1
+        self._flying[job] = task
+        try:
+            reply, outcome = await self._ask(job)
+        except BaseException:  # cancelled, or a fault of ours: the line is shared, and has to know
+            self._line.release(job.tokens)
+            raise
+        finally:
+            del self._flying[job]
+        latency_s = self._loop.time() - job.started
+        if reply is not None:
+            self._unreached_since = None
+        if isinstance(outcome, Failure):
+            await self._failed(job, reply, outcome, latency_s)
+        else:
+            self._answered(job, reply, outcome, latency_s)
+
+    async def _ask(self, job: Job) -> tuple[Reply | None, Completion | Failure]:
+        """Send a request, and judge what comes back."""
+        try:
+            async with asyncio.timeout(None) as job.deadline:
+                reply = await self._line.transport.send(job.body)
+        except TimeoutError:
+            job.timeouts += 1
+            waited_s = self._loop.time() - job.started
+            return None, Failure("retry", "timeout", f"no answer within {waited_s:.1f} s")
+        except Lost as error:
+            # Somebody was there, and it may be the row that brought him down.
+            return None, replace(failures.of_error(error), kind="server error")
+        except Unreachable as error:
+            return None, failures.of_error(error)
+        latency_s = self._loop.time() - job.started
+        payload = answers.read_json(reply.body)
+        failure = failures.of_reply(reply.status, reply.headers, reply.body, payload)
+        if failure is not None:
+            return reply, failure
+        request_id = reply.headers.get("x-request-id")
+        completion = self._read(payload, latency_s=latency_s, attempts=job.attempts, request_id=request_id)
+        if completion is None:
+            return reply, Failure("retry", "bad body", "the reply holds no answer (no choices)", reply.status)
+        return reply, completion
+
+    def _answered(self, job: Job, reply: Reply | None, completion: Completion, latency_s: float) -> None:
+        used = None
+        if completion.prompt_tokens is not None:
+            used = completion.prompt_tokens + (completion.completion_tokens or 0)
+        self._line.answered = True
+        self._line.pacer.answered(
+            self._loop.time(),
+            latency_s=latency_s,
+            reserved=job.tokens,
+            used=used,
+            headers=rate_headers(reply.headers, time.time()) if reply else None,
+        )
+        self._line.admit()
+        self._timeout.answered(latency_s)
+        self._tally.answered += 1
+        self._refusals = None
+        self._done(job, completion)
+
+    async def _failed(self, job: Job, reply: Reply | None, failure: Failure, latency_s: float) -> None:
+        self._tally.failures[failure.kind] += 1
+        self._trouble = failure.message
+        asked_s = self._tell_pacer(job, reply, failure, latency_s)
+        wait_s = self._settle(job, failure, asked_s)
+        self._line.admit()  # after it is settled whether the run goes on
+        if wait_s is None:
+            return
+        if self._policy.caps.max_concurrency == 1:  # row order is the promise: its place is kept while it waits
+            await asyncio.sleep(wait_s)
+            self._due.append(job)
+        else:
+            self._later[job] = self._loop.call_later(wait_s, self._retry, job)
+
+    def _tell_pacer(self, job: Job, reply: Reply | None, failure: Failure, latency_s: float) -> float | None:
+        """Report a failed attempt; give the seconds that the endpoint asks to wait."""
+        now = self._loop.time()
+        pacer = self._line.pacer
+        if failure.verdict != "retry":
+            pacer.released(now, latency_s=latency_s, reserved=job.tokens, alive=reply is not None)
+            return None
+        asked_s = retry_after_s(reply.headers, time.time()) if reply else None
+        if failure.kind == "rate limit":
+            headers = rate_headers(reply.headers, time.time()) if reply else None
+            pacer.refused(now, latency_s=latency_s, reserved=job.tokens, retry_after_s=asked_s, headers=headers)
+        else:
+            pacer.failed(now, latency_s=latency_s, reserved=job.tokens, kind=failure.kind)
+        return asked_s
+
+    def _settle(self, job: Job, failure: Failure, asked_s: float | None) -> float | None:
+        """Stop the run, give up the row, or give the seconds to wait for its next attempt."""
+        if failure.verdict == "run":
+            self._stop(EndpointError(f"{failure.message}; sent to {self._endpoint.url}"))
+            return None
+        if failure.kind == "connection" and self._unreached_since is None:
+            self._unreached_since = job.started
+        if self._is_strike(job, failure):
+            self._struck += job.strikes == 0
+            job.strikes += 1
+        if failure.verdict == "row" or job.strikes >= self._policy.max_attempts:
+            self._give_up(job, failure)
+            return None
+        if asked_s is not None and asked_s > PATIENCE_S:
+            until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + asked_s))
+            self._stop(
+                EndpointError(
+                    f"the endpoint asks to come back at {until}, in {asked_s:,.0f} s, and llmframe waits no longer "
+                    f"than {PATIENCE_S:.0f} s: {failure.message}; sent to {self._endpoint.url}"
+                )
+            )
+            return None
+        if asked_s:
+            return asked_s
+        # While the endpoint is down its probes are spaced already.
+        return 0.0 if self._line.pacer.down_since is not None else failures.backoff_s(job.attempts, random.random())
+
+    def _is_strike(self, job: Job, failure: Failure) -> bool:
+        """Whether a failure may be the row's own, and not the endpoint's or its other users'."""
+        if failure.kind == "connection":
+            return False  # nobody took the request, and patience decides how long that may last
+        if failure.kind == "rate limit" and self._tally.answered > job.answered_before:
+            return False  # the limit is shared, and this row's turn will come
+        if self._line.pacer.down_since is None:
+            return True
+        # Where only rows are left that failed before it was down, it may be they that look like an outage.
+        return self._exhausted and self._struck == self._open
+
+    def _retry(self, job: Job) -> None:
+        del self._later[job]
+        self._due.append(job)
+        self._hire()
+
+    def _give_up(self, job: Job, failure: Failure) -> None:
+        self._done(job, Completion(status=failure.status, error=failure.message, attempts=job.attempts))
+        first = self._refusals
+        if first is None:
+            return
+        first.append(failure.http)
+        if len(set(first)) > 1 or failure.http is None or not 400 <= failure.http < 500:
+            self._refusals = None
+        elif len(first) == ALIKE:
+            self._stop(
+                EndpointError(
+                    f"the first {ALIKE} rows were all refused: {failure.message}; sent to {self._endpoint.url}"
+                )
+            )
+
+    def _done(self, job: Job, completion: Completion) -> None:
+        self._open -= 1
+        self._struck -= job.strikes > 0
+        try:
+            self._deliver(job.number, completion)
+        except Exception as error:
+            self._stop(error)
+        self._finish_if_done()
+
+    def _finish_if_done(self) -> None:
+        if self._exhausted and self._open == 0 and not self._finished.done():
+            self._finished.set_result(None)
+
+    def _stop(self, error: Exception) -> None:
+        if not self._finished.done():
+            self._finished.set_exception(error)
+
+    # -- the clock
+
+    def _on_tick(self, now: float) -> None:
+        self._tally.in_flight = len(self._flying)
+        self._end_overdue(now)
+        self._check_patience(now)
+        self._hire()
+
+    def _end_overdue(self, now: float) -> None:
+        least_s = self._timeout.seconds(0)
+        for job in self._flying:
+            waited_s = now - job.started
+            if waited_s <= least_s:  # and whatever was sent after it has waited for less
+                return
+            if waited_s > self._timeout.seconds(job.timeouts) and job.deadline and not job.deadline.expired():
+                job.deadline.reschedule(now)
+
+    def _check_patience(self, now: float) -> None:
+        """Stop when the endpoint has been out of reach, or down, for too long."""
+        since = min((at for at in (self._unreached_since, self._line.pacer.down_since) if at is not None), default=now)
+        lost_s = now - max(since, self._began)  # an outage may be older than this run, which has yet to try
+        oldest = next(iter(self._flying), None)
+        if oldest is not None and now - oldest.started > CONNECT_S:
+            return  # no connection takes that long: somebody is there, at work on it
+        if lost_s > (PATIENCE_S if self._line.answered else FIRST_PATIENCE_S):
+            self._stop(
+                EndpointError(
+                    f"no answer from {self._endpoint.url} for {lost_s:.0f} s; the last attempt: {self._trouble}; "
+                    "check that the server runs, that base_url= is right, and the network"
+                )
+            )

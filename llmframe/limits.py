@@ -1,0 +1,155 @@
+"""Read what a response's headers say about limits: how long to wait, and what is left of the rate.
+
+Rubbish in a header is never an error and never a number: whatever cannot be read is None.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+__all__ = ["RateHeaders", "rate_headers", "retry_after_s"]
+
+_UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|[smhd]))+")
+_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|[smhd])")
+_EPOCH_S = 1e9  # a plain number of seconds beyond this is a moment of this century, not a duration
+_EPOCH_MS = 1e12  # and beyond this it counts milliseconds
+
+
+@dataclass(frozen=True, slots=True)
+class RateHeaders:
+    """What an endpoint says about its request and token rates; None where it does not say.
+
+    Attributes
+    ----------
+    limit_requests, limit_tokens : float or None
+        Allowed in a period, a minute nearly everywhere.
+    remaining_requests, remaining_tokens : float or None
+        Left just now.
+    reset_requests_s, reset_tokens_s : float or None
+        Seconds until all of the limit is there again.
+    """
+
+    limit_requests: float | None = None
+    remaining_requests: float | None = None
+    reset_requests_s: float | None = None
+    limit_tokens: float | None = None
+    remaining_tokens: float | None = None
+    reset_tokens_s: float | None = None
+
+
+def rate_headers(headers: Mapping[str, str], wall_now: float) -> RateHeaders | None:
+    """Read ``x-ratelimit-*`` or ``anthropic-ratelimit-*``; None where there are none.
+
+    Parameters
+    ----------
+    headers : Mapping
+        Case-insensitive, or with lower-case names.
+    wall_now : float
+        Seconds since the epoch, for resets that are dates.
+    """
+    get = headers.get
+    remaining_requests = get("x-ratelimit-remaining-requests")
+    remaining_tokens = get("x-ratelimit-remaining-tokens")
+    if remaining_requests is not None or remaining_tokens is not None:
+        return RateHeaders(
+            _limit(get("x-ratelimit-limit-requests")),
+            _count(remaining_requests),
+            _duration_s(get("x-ratelimit-reset-requests"), wall_now),
+            _limit(get("x-ratelimit-limit-tokens")),
+            _count(remaining_tokens),
+            _duration_s(get("x-ratelimit-reset-tokens"), wall_now),
+        )
+    remaining_requests = get("anthropic-ratelimit-requests-remaining")
+    remaining_tokens = get("anthropic-ratelimit-tokens-remaining")
+    if remaining_requests is not None or remaining_tokens is not None:
+        return RateHeaders(
+            _limit(get("anthropic-ratelimit-requests-limit")),
+            _count(remaining_requests),
+            _duration_s(get("anthropic-ratelimit-requests-reset"), wall_now),
+            _limit(get("anthropic-ratelimit-tokens-limit")),
+            _count(remaining_tokens),
+            _duration_s(get("anthropic-ratelimit-tokens-reset"), wall_now),
+        )
+    return None
+
+
+def retry_after_s(headers: Mapping[str, str], wall_now: float) -> float | None:
+    """Read how many seconds to wait from ``retry-after-ms`` or ``retry-after`` (seconds, or an HTTP date).
+
+    Parameters
+    ----------
+    headers : Mapping
+        Case-insensitive, or with lower-case names.
+    wall_now : float
+        Seconds since the epoch, for dates.
+    """
+    milliseconds = _number(headers.get("retry-after-ms"))
+    if milliseconds is not None:
+        return max(0.0, milliseconds / 1000)
+    text = headers.get("retry-after")
+    if text is None:
+        return None
+    seconds = _number(text)
+    if seconds is None:
+        try:
+            when = parsedate_to_datetime(text)
+        except (ValueError, TypeError, IndexError, OverflowError):
+            return None
+        seconds = _seconds_until(when, wall_now)
+    return None if seconds is None else max(0.0, seconds)
+
+
+def _number(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        value = float(text)
+    except (ValueError, OverflowError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _limit(text: str | None) -> float | None:
+    value = _number(text)
+    return value if value is not None and value > 0 else None  # 0 and -1 say "none set" at several gateways
+
+
+def _count(text: str | None) -> float | None:
+    value = _number(text)
+    return None if value is None else max(0.0, value)
+
+
+def _duration_s(text: str | None, wall_now: float) -> float | None:
+    if text is None:
+        return None
+    value = _number(text)
+    if value is None:
+        text = text.strip()
+        if _DURATION.fullmatch(text):
+            value = sum(float(number) * _UNIT_S[unit] for number, unit in _DURATION_PART.findall(text))
+        else:
+            try:
+                when = datetime.fromisoformat(text)
+            except ValueError:
+                return None
+            value = _seconds_until(when, wall_now)
+    elif value > _EPOCH_MS:
+        value = value / 1000 - wall_now
+    elif value > _EPOCH_S:
+        value -= wall_now
+    return None if value is None or not math.isfinite(value) else max(0.0, value)
+
+
+def _seconds_until(when: datetime, wall_now: float) -> float | None:
+    if when.tzinfo is None:
+        when = when.replace(tzinfo=UTC)
+    try:
+        return when.timestamp() - wall_now
+    except (OverflowError, OSError, ValueError):
+        return None

@@ -1,0 +1,152 @@
+"""Lines: one endpoint on one event loop, its connections and its pacer, shared by the runs that use it.
+
+Whoever waits here is let in by order of arrival, as soon as the pacer allows and never before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import replace
+
+from llmframe.endpoint import Endpoint, Transport
+from llmframe.pacing import Caps, Pacer
+
+TICK_S = 0.1  # how often the pacer looks at the whole, and timeouts and patience are checked
+KEPT = 8  # idle lines kept open a loop, so that the next cell finds its connections and learned limits
+
+
+class Line:
+    """One endpoint on one event loop.
+
+    Parameters
+    ----------
+    endpoint : Endpoint
+        Where to send.
+    caps : Caps
+        Hard caps, held across the runs that share the line.
+
+    Attributes
+    ----------
+    transport : Transport
+        How to send.
+    pacer : Pacer
+        When to send.
+    answered : bool
+        Whether the endpoint has answered any run.
+    """
+
+    def __init__(self, endpoint: Endpoint, caps: Caps) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.transport: Transport = endpoint.open()
+        most = self.transport.most if caps.max_concurrency is None else min(caps.max_concurrency, self.transport.most)
+        self.pacer = Pacer(replace(caps, max_concurrency=most), self._loop.time())
+        self.answered = False
+        self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+        self._ticker: asyncio.Task[None] | None = None
+        self._on_tick: set[Callable[[float], None]] = set()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no run uses it."""
+        return not self._on_tick
+
+    def join(self, on_tick: Callable[[float], None]) -> None:
+        """Begin a run: `on_tick` is called with the time, every `TICK_S`, until `leave`."""
+        self._on_tick.add(on_tick)
+        if self._ticker is None:
+            self._ticker = self._loop.create_task(self._tick())
+
+    def leave(self, on_tick: Callable[[float], None]) -> None:
+        """End a run."""
+        self._on_tick.discard(on_tick)
+        if self.idle:
+            if self._ticker is not None:
+                self._ticker.cancel()
+                self._ticker = None
+            self.admit()  # nobody waits any more: no timer is left behind
+
+    async def enter(self, tokens: int) -> None:
+        """Wait until a request may be sent; from then on it counts as in flight."""
+        now = self._loop.time()
+        if not self._waiting and self.pacer.wait_s(now, tokens) <= 0.0:
+            self.pacer.sent(now, tokens)
+            return
+        ticket: asyncio.Future[None] = self._loop.create_future()
+        self._waiting.append((ticket, tokens))
+        self.admit()
+        try:
+            await ticket
+        except asyncio.CancelledError:
+            if ticket.done() and not ticket.cancelled():  # let in and cancelled in the same turn of the loop
+                self.release(tokens)
+            raise
+
+    def admit(self) -> None:
+        """Let in whoever may send now, and come back when the next one may."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._waiting:
+            ticket, tokens = self._waiting[0]
+            if not ticket.done():
+                now = self._loop.time()
+                wait_s = self.pacer.wait_s(now, tokens)
+                if wait_s > 0.0:
+                    if wait_s < math.inf:
+                        self._timer = self._loop.call_later(wait_s, self.admit)
+                    return
+                self.pacer.sent(now, tokens)
+                ticket.set_result(None)
+            self._waiting.popleft()
+
+    def release(self, tokens: int) -> None:
+        """Count back a request that was let in and of which nothing was learned."""
+        self.pacer.released(self._loop.time(), reserved=tokens)
+        self.admit()
+
+    async def close(self) -> None:
+        """Let go of the connections."""
+        if self._timer is not None:
+            self._timer.cancel()
+        await self.transport.close()
+
+    async def _tick(self) -> None:
+        while True:
+            due = self._loop.time() + TICK_S
+            await asyncio.sleep(TICK_S)
+            now = self._loop.time()
+            self.pacer.tick(now, lag_s=max(0.0, now - due))
+            for on_tick in tuple(self._on_tick):
+                on_tick(now)
+            self.admit()
+
+
+_lines: dict[asyncio.AbstractEventLoop, OrderedDict[object, Line]] = {}
+
+
+async def line_to(endpoint: Endpoint, caps: Caps) -> Line:
+    """Give the running loop's line to an endpoint: the one that is there, or a new one."""
+    for loop in [loop for loop in _lines if loop.is_closed()]:
+        del _lines[loop]
+    lines = _lines.setdefault(asyncio.get_running_loop(), OrderedDict())
+    key = (endpoint.key, caps)
+    if key not in lines:
+        lines[key] = Line(endpoint, caps)
+    lines.move_to_end(key)
+    line = lines[key]
+    idle = [key for key in lines if lines[key].idle]
+    # All at once, before anybody else can be given one of them; this one is the youngest, and stays.
+    for old in [lines.pop(key) for key in idle[:-KEPT]]:
+        await old.close()
+    return line
+
+
+async def close_lines() -> None:
+    """Close every line of the running loop."""
+    lines = _lines.pop(asyncio.get_running_loop(), OrderedDict[object, Line]())
+    for line in lines.values():
+        await line.close()

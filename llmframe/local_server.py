@@ -1,0 +1,57 @@
+"""The process that serves the embedded model: ``python local_server.py MODEL.gguf``.
+
+It prints its address, then serves until its standard input closes, so it never outlives whoever started it,
+however that one ended. It imports nothing of llmframe: it has to start fast.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+SLOTS = 4  # requests decoded together: on two cores 1.4 x the rows a second of one, and 8 are no faster
+SLOT_TOKENS = 4096  # prompt and answer of one request; each slot has its own, so that no row's neighbours can fail it
+HTTP_THREADS = 64  # a kept-alive connection holds one, busy or not; with fewer, a waiting one is not even read
+PROMPT_CACHE_MIB = 0  # slots keep the prefix that rows share; the further cache (8 GiB unless told) has no use here
+
+
+def serve(model: str) -> None:
+    """Serve a model until standard input closes."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = model
+    params.model_alias = {"local"}
+    params.verbosity = 1  # errors, for whoever reads standard error
+    params.n_parallel = SLOTS
+    params.n_ctx = SLOTS * SLOT_TOKENS
+    params.n_threads_http = HTTP_THREADS
+    params.cache_ram_mib = PROMPT_CACHE_MIB
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = cpus()
+    params.cors_origins = ""  # no web page gets to use it
+    params.ui = params.endpoint_slots = False
+    server = xllamacpp.Server(params)
+    print(server.listening_address, flush=True)
+    # Loaded: from here on nobody reads what it says, and a line for each refused request would fill a disk.
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    sys.stdin.buffer.read()
+
+
+def cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Count the CPUs this process may use: a thread more than that stalls all the others."""
+    try:
+        count = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        count = os.cpu_count() or 1
+    try:
+        quota, period = (cgroup / "cpu.max").read_text().split()
+        return max(1, min(count, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no cgroup, or "max"
+        return count
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])

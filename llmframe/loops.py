@@ -1,0 +1,257 @@
+"""The one door from ordinary code to async code: a script, a cell, a thread, a running loop.
+
+An interrupt cancels the run, waits until it has unwound, and only then is raised; the caller's loop, thread
+and kernel are as they were.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from types import FrameType
+from typing import Any, TypeVar
+
+from llmframe.errors import ConfigurationError
+from llmframe.lines import close_lines
+
+T = TypeVar("T")
+Start = Callable[[], Coroutine[Any, Any, T]]
+
+HEARTBEAT_S = 0.1  # how often the caller wakes: to draw, and so that ipykernel can hand an interrupt to its cell
+HARD_STOP_S = 2.0  # what a second interrupt leaves a run to let go of its connections
+CLOSE_S = 1.0  # what the end of the process leaves the connections
+
+_lock = threading.Lock()
+_background: tuple[asyncio.AbstractEventLoop, threading.Thread] | None = None
+_parents: object = None
+
+
+def in_running_loop() -> bool:
+    """Whether the calling thread is inside a running event loop."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def run(start: Start[T], beat: Callable[[], None]) -> T:
+    """Run on the background loop, and wait.
+
+    Parameters
+    ----------
+    start : callable
+        Makes the coroutine.
+    beat : callable
+        Called in this thread every `HEARTBEAT_S`; it does not raise.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        After the run has unwound; at a second one without waiting longer than `HARD_STOP_S`.
+    """
+    flight = _Flight()
+    # A running loop would take Ctrl-C in its own way, which waits for this call to end.
+    with _interrupts_go_to(signal.default_int_handler) if in_running_loop() else nullcontext():
+        try:
+            flight.launch(start)
+            flight.wait(beat)
+        except BaseException:  # whatever a signal handler raises here: nobody would be left to wait for the run
+            try:
+                flight.cancel()
+                flight.wait(beat)
+            except BaseException:
+                flight.cancel()
+                flight.wait(beat, HARD_STOP_S)
+                raise
+            raise
+    result: T = flight.outcome.result()
+    return result
+
+
+async def arun(start: Start[T], beat: Callable[[], None], *, here: bool) -> T:
+    """Run on the background loop, or on the caller's own (`here`), and wait without blocking it."""
+    if here:
+        outcome: asyncio.Future[T] = asyncio.ensure_future(start())
+        cancel: Callable[[], object] = outcome.cancel
+    else:
+        flight = _Flight()
+        flight.launch(start)
+        outcome = asyncio.wrap_future(flight.outcome)
+        cancel = flight.cancel
+    waiting = {outcome}
+    try:
+        while not (await asyncio.wait(waiting, timeout=HEARTBEAT_S))[0]:
+            beat()
+    except (asyncio.CancelledError, Exception):
+        outcome.add_done_callback(_mark_as_seen)  # what stopped the wait is what the caller gets
+        cancel()
+        try:
+            await asyncio.wait(waiting)
+        except asyncio.CancelledError:
+            cancel()
+            await asyncio.wait(waiting, timeout=HARD_STOP_S)
+        raise
+    return outcome.result()
+
+
+def _mark_as_seen(outcome: asyncio.Future[Any]) -> None:
+    if not outcome.cancelled():
+        outcome.exception()
+
+
+def run_in_callers_loop(start: Start[T], beat: Callable[[], None]) -> T:
+    """Run inside the caller's running loop from a synchronous call, for a client that belongs to that loop.
+
+    nest_asyncio patches the loop at this moment, and only here: the patch is process-wide. Its bare
+    ``run_until_complete`` would leave a kernel dead after an interrupt, so an interrupt cancels the task instead.
+
+    Raises
+    ------
+    ConfigurationError
+        The loop cannot be patched (uvloop).
+    KeyboardInterrupt
+        After the run has unwound.
+    """
+    import nest_asyncio
+
+    loop = asyncio.get_running_loop()
+    try:
+        nest_asyncio.apply(loop)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"this client belongs to a running event loop of type {type(loop).__name__}, in which a call cannot wait; "
+            "write `await df.llm.acomplete(...)`, or leave client= out"
+        ) from error
+    task = loop.create_task(_with_beat(start, beat))
+    interrupts: list[int] = []
+
+    def cancel(number: int, _frame: FrameType | None) -> None:
+        interrupts.append(number)
+        loop.call_soon_threadsafe(task.cancel)
+
+    with _interrupts_go_to(cancel), suppress(asyncio.CancelledError):
+        loop.run_until_complete(task)
+    if interrupts:
+        raise KeyboardInterrupt
+    return task.result()
+
+
+async def _with_beat(start: Start[T], beat: Callable[[], None]) -> T:
+    return await arun(start, beat, here=True)
+
+
+@contextmanager
+def _interrupts_go_to(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Give Ctrl-C to `handler` while the block runs, where it is not ignored and this thread is the one it comes to."""
+    main = threading.current_thread() is threading.main_thread()
+    previous = signal.getsignal(signal.SIGINT) if main else None
+    if previous in (None, signal.SIG_IGN):
+        yield
+        return
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+class _Flight:
+    """A coroutine under way on the background loop.
+
+    A future of `asyncio.run_coroutine_threadsafe` counts as done as soon as it is cancelled; this one is done
+    when the coroutine is.
+    """
+
+    def __init__(self) -> None:
+        self.outcome: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self.outcome.set_running_or_notify_cancel()
+        self._loop = background_loop()
+        self._task: asyncio.Task[Any] | None = None
+
+    def launch(self, start: Start[Any]) -> None:
+        """Start the coroutine that `start` makes."""
+        self._loop.call_soon_threadsafe(self._begin, start)
+
+    def cancel(self) -> None:
+        """Ask the coroutine to stop."""
+        self._loop.call_soon_threadsafe(self._cancel)
+
+    def wait(self, beat: Callable[[], None], seconds: float = math.inf) -> None:
+        """Wait until it is done, at most so long."""
+        until = time.monotonic() + seconds
+        while not concurrent.futures.wait([self.outcome], timeout=HEARTBEAT_S).done and time.monotonic() < until:
+            beat()
+
+    def _begin(self, start: Start[Any]) -> None:
+        self._task = self._loop.create_task(start())
+        self._task.add_done_callback(self._land)
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+        elif not self.outcome.done():  # interrupted before it was launched
+            self.outcome.set_exception(asyncio.CancelledError())
+
+    def _land(self, task: asyncio.Task[Any]) -> None:
+        if task.cancelled():
+            self.outcome.set_exception(asyncio.CancelledError())
+        elif (error := task.exception()) is not None:
+            self.outcome.set_exception(error)
+        else:
+            self.outcome.set_result(task.result())
+
+
+def background_loop() -> asyncio.AbstractEventLoop:
+    """Give the process's own loop, on a thread of its own; started at first use.
+
+    Connections and learned limits live on it from call to call, which a loop made for each call would throw away.
+    """
+    global _background
+    with _lock:
+        if _background is None:
+            loop = asyncio.new_event_loop()
+            thread = threading.Thread(target=_serve, args=(loop,), name="llmframe", daemon=True)
+            thread.start()
+            _background = loop, thread
+        return _background[0]
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    loop.run_forever()
+    loop.close()
+
+
+@atexit.register
+def _shut_down() -> None:
+    """Close the connections in good order, so that the end of the process is silent."""
+    if _background is None:
+        return
+    loop, thread = _background
+    closing = asyncio.run_coroutine_threadsafe(close_lines(), loop)
+    concurrent.futures.wait([closing], timeout=CLOSE_S)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(CLOSE_S)
+
+
+def _start_anew() -> None:
+    """Forget the parent's loop in a forked child: threads do not survive a fork.
+
+    The loop itself is kept: the end of its connections would take them out of the parent's selector too.
+    """
+    global _background, _parents, _lock
+    _background, _parents = None, _background
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)

@@ -1,0 +1,235 @@
+"""The keywords of a call: their defaults, what `configure` and the environment say of them, and their checks.
+
+A value in the call beats `configure`, which beats the environment. What is no keyword of ours goes to the API.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, overload
+
+import openai
+import pandas as pd
+
+from llmframe.errors import ConfigurationError
+from llmframe.prompts import Na
+
+P = ParamSpec("P")
+S = TypeVar("S")
+A = TypeVar("A")
+R = TypeVar("R")
+
+Where = Literal["missing"] | pd.Series | Sequence[bool]
+OnError = Literal["column", "raise"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Every keyword of a call, each with its value; `LLMFrame.complete` tells what they mean."""
+
+    system: str | None
+    examples: Iterable[tuple[str, str]] | None
+    model: str | None
+    schema: Any
+    output: str
+    details: bool
+    where: Where | None
+    refresh: bool
+    na: Na
+    checkpoint: str | os.PathLike[str] | None
+    dedupe: bool
+    max_concurrency: int | None
+    rpm: float | None
+    tpm: float | None
+    prices: Mapping[str, float] | None
+    timeout: float | None
+    max_attempts: int
+    on_error: OnError
+    api: Literal["chat"]
+    client: openai.AsyncOpenAI | openai.OpenAI | None
+    base_url: str | None
+    api_key: str | None = field(repr=False)
+    progress: bool | None
+    params: Mapping[str, Any] = field(repr=False)  # extra_headers= may hold a key
+
+    def __post_init__(self) -> None:
+        _check_choice("na", self.na, ("skip", "raise", "keep"))
+        _check_choice("on_error", self.on_error, ("column", "raise"))
+        _check_choice("api", self.api, ("chat",))
+        for name in ("details", "refresh", "dedupe"):
+            _check_choice(name, getattr(self, name), (True, False))
+        _check_choice("progress", self.progress, (None, True, False))
+        if self.model is not None and (not isinstance(self.model, str) or not self.model):
+            raise ConfigurationError(f"model={self.model!r} is no model's name; pass text")
+        if not isinstance(self.output, str) or not self.output:
+            raise ConfigurationError(f"output={self.output!r} is no column name; pass text")
+        _check_count("max_attempts", self.max_attempts)
+        if self.max_concurrency is not None:
+            _check_count("max_concurrency", self.max_concurrency)
+        for name in ("rpm", "tpm", "timeout"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not _is_number(value) or not 0 < value < float("inf")):
+                raise ConfigurationError(f"{name}={value!r} has to be a number above 0")
+        _check_params(self.params)
+
+
+def call_options(
+    *,
+    system: str | None = None,
+    examples: Iterable[tuple[str, str]] | None = None,
+    model: str | None = None,
+    schema: Any = None,
+    output: str = "response",
+    details: bool = False,
+    where: Where | None = None,
+    refresh: bool = False,
+    na: Na = "skip",
+    checkpoint: str | os.PathLike[str] | None = None,
+    dedupe: bool = True,
+    max_concurrency: int | None = None,
+    rpm: float | None = None,
+    tpm: float | None = None,
+    prices: Mapping[str, float] | None = None,
+    timeout: float | None = None,
+    max_attempts: int = 8,
+    on_error: OnError = "column",
+    api: Literal["chat"] = "chat",
+    client: openai.AsyncOpenAI | openai.OpenAI | None = None,
+    base_url: str | None = None,
+    api_key: str | None = None,
+    progress: bool | None = None,
+    **params: Any,
+) -> Options:
+    """Collect the keywords of a call; its signature is the list of them, for all that take them.
+
+    Raises
+    ------
+    ConfigurationError
+        A value that a keyword cannot have, or an unknown keyword that is nearly one of ours.
+    """
+    return Options(**locals())
+
+
+KEYWORDS = tuple(keyword.name for keyword in fields(Options) if keyword.name != "params")
+FRAME_ONLY = ("system", "examples", "output", "details", "where", "na")  # what a list of message arrays has no use for
+LATER = (
+    "images",
+    "history",
+    "max_cost",
+    "max_tokens_total",
+)  # designed and not built: never to reach the API as its own
+
+_configured: dict[str, Any] = {}
+
+
+def configure(**defaults: Any) -> None:
+    """Set process-wide defaults for any keyword of `complete`, ours or the API's.
+
+    Parameters
+    ----------
+    **defaults
+        Keywords and their values; None takes a default back.
+
+    Raises
+    ------
+    ConfigurationError
+        A value that the keyword cannot have; nothing is changed.
+
+    Examples
+    --------
+    >>> llmframe.configure(model="gpt-4o-mini", temperature=0)
+    >>> llmframe.configure(model=None, temperature=None)
+    """
+    if "where" in defaults:
+        raise ConfigurationError("where= selects rows of one frame; pass it in the call")
+    global _configured
+    merged = {name: value for name, value in _over(_configured, defaults).items() if value is not None}
+    call_options(**merged)
+    _configured = merged
+
+
+def gather(given: Mapping[str, Any]) -> Options:
+    """Fill in what a call left out, from `configure` and the environment."""
+    environment = {"model": os.environ.get("LLMFRAME_MODEL"), "checkpoint": os.environ.get("LLMFRAME_CHECKPOINT")}
+    base = {name: value for name, value in environment.items() if value}
+    return call_options(**base | _over(_configured, given))
+
+
+def _over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay what is given over the defaults; another way to the endpoint replaces theirs whole."""
+    other: tuple[str, ...] = ()  # a client has its own URL and key
+    if given.get("client") is not None:
+        other = ("base_url", "api_key")
+    elif given.get("base_url") is not None or given.get("api_key") is not None:
+        other = ("client",)
+    return {name: value for name, value in defaults.items() if name not in other} | dict(given)
+
+
+class TakesOptions(Protocol[P]):
+    """A decorator that types and shows ``**keywords`` as what they are."""
+
+    @overload
+    def __call__(self, call: Callable[Concatenate[S, A, ...], R]) -> Callable[Concatenate[S, A, P], R]: ...
+
+    @overload
+    def __call__(self, call: Callable[Concatenate[A, ...], R]) -> Callable[Concatenate[A, P], R]: ...
+
+
+def takes_options(options: Callable[P, Options]) -> TakesOptions[P]:
+    """Type and show a call with ``**keywords`` as taking those of `options`."""
+
+    def show(call: Any) -> Any:
+        signature = inspect.signature(call)
+        own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+        call.__signature__ = signature.replace(parameters=[*own, *inspect.signature(options).parameters.values()])
+        return call
+
+    return show
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
+        raise ConfigurationError(f"{name}={value!r} is not known; it is one of {', '.join(map(repr, choices))}")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(f"{name}={value!r} has to be a whole number of at least 1")
+
+
+def _check_params(params: Mapping[str, Any]) -> None:
+    for name in params:
+        if name in LATER:
+            raise ConfigurationError(f"{name}= is not in this version of llmframe; leave it out")
+        if name == "stream":
+            raise ConfigurationError("stream= has no meaning here: each row's answer is written when it is whole")
+        if name in ("messages", "input", "prompt"):
+            raise ConfigurationError(f"{name}= is made from the prompt, row by row; pass it as the first argument")
+        near = next((known for known in (*KEYWORDS, *LATER) if _one_typo(name, known)), None)
+        if near is not None and name not in _api_parameters():
+            raise ConfigurationError(
+                f"unknown keyword {name!r}; did you mean {near!r}? (extra_body= sends it all the same)"
+            )
+
+
+def _api_parameters() -> frozenset[str]:
+    """Give the API's own parameters, which may be a letter away from one of ours (``n`` and ``na``)."""
+    from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming as Parameters
+
+    return frozenset(Parameters.__annotations__)
+
+
+def _one_typo(word: str, known: str) -> bool:
+    """Whether one letter added, left out, replaced, or swapped with the next makes one word the other."""
+    if word == known or abs(len(word) - len(known)) > 1:
+        return False
+    start = next((i for i, (a, b) in enumerate(zip(word, known, strict=False)) if a != b), min(len(word), len(known)))
+    one, two = word[start:], known[start:]
+    return one[1:] == two[1:] or one[1:] == two or one == two[1:] or (one[:2] == two[1::-1] and one[2:] == two[2:])

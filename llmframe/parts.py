@@ -1,0 +1,336 @@
+"""One part file of a checkpoint: its columns, how rows become its bytes, and how it is read back.
+
+Nothing is believed of a file that is not whole and ours: its footer names the format, each known column has exactly
+its type, each page's checksum is verified, and whatever else pyarrow stumbles over ends in `NotAPart`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, fields
+from itertools import repeat
+from operator import attrgetter, itemgetter
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from llmframe.results import PAID, Completion
+
+__all__ = [
+    "COLUMNS",
+    "FORMAT",
+    "Heads",
+    "NewerFormat",
+    "NotAPart",
+    "Origin",
+    "Part",
+    "PartWriter",
+    "completions",
+    "encode",
+]
+
+FORMAT = 1
+"""Raised only when an older reader would misread; a column more or less does not need it."""
+
+COLUMNS = pa.schema(
+    [
+        ("key", pa.binary(32)),
+        ("status", pa.string()),
+        ("text", pa.string()),
+        ("texts", pa.list_(pa.string())),  # in place of text, under n=
+        ("error", pa.string()),
+        ("prompt_tokens", pa.int64()),
+        ("completion_tokens", pa.int64()),
+        ("cached_tokens", pa.int64()),
+        ("reasoning_tokens", pa.int64()),
+        ("cost_usd", pa.float64()),
+        ("latency_s", pa.float64()),
+        ("attempts", pa.int64()),
+        ("finish_reason", pa.string()),
+        ("model", pa.string()),
+        ("request_id", pa.string()),
+        ("answered_at", pa.timestamp("us", "UTC")),
+        ("origin", pa.int32()),  # which of the footer's origins the row was asked with
+    ]
+)
+REQUIRED = ("key", "status", "text")  # without one of these there is no answer to give back
+
+KEY_BYTES = 32
+GROUP_ROWS = 16_384  # what a reader decodes at once
+GROUP_BYTES = 32 << 20  # the same for long texts
+REPEATING = ["status", "text", "texts.list.element", "error", "finish_reason", "model", "attempts", "origin"]
+
+_FORMAT = b"llmframe.format"
+_COLUMNS = b"llmframe.columns"  # pages have checksums, but a damaged footer could rename a column away
+_ORIGINS = b"llmframe.origins"
+_PAID = pa.array(sorted(PAID))
+_DERIVED: Mapping[str, object] = {"parsed": None, "source": "checkpoint"}  # not stored
+_FIELDS = tuple(field.name for field in fields(Completion))
+_INT64 = range(-(1 << 63), 1 << 63)
+
+Row = tuple[bytes, Completion, int]
+"""A key, its completion, and when it was answered, in microseconds since 1970."""
+
+
+class NotAPart(Exception):
+    """The file is torn, damaged or not ours."""
+
+
+class NewerFormat(Exception):
+    """The file is ours, of a format that this version would misread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a part's answers were asked with: for people, and to say what differs.
+
+    It holds no row data and no secret.
+
+    Attributes
+    ----------
+    endpoint : str
+        The endpoint's identity.
+    api : str
+        ``chat`` or ``responses``.
+    model : str
+        The model asked for.
+    template : str
+        The prompt before a row fills it.
+    parameters : str
+        Every other API parameter, as canonical JSON.
+    """
+
+    endpoint: str
+    api: str
+    model: str
+    template: str
+    parameters: str
+
+    def well_formed(self) -> Origin:
+        """Return the same origin with lone surrogates replaced, as a file needs it."""
+        return Origin(*map(_well_formed, astuple(self)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Heads:
+    """What decides which row of a key is given back, for every row of a part, in order."""
+
+    keys: npt.NDArray[np.void]
+    paid: npt.NDArray[np.bool_]
+    answered_at: npt.NDArray[np.int64]
+
+
+def encode(rows: Sequence[Row], origin: Origin) -> pa.Buffer:
+    """Write rows as the bytes of one part."""
+    answers = list(map(itemgetter(1), rows))
+    texts = [answer.text for answer in answers]
+    lists = any(isinstance(text, list) for text in texts)
+    stored: dict[str, Iterable[Any]] = {
+        "key": map(itemgetter(0), rows),
+        "text": [text if isinstance(text, str) else None for text in texts] if lists else texts,
+        "texts": [text if isinstance(text, list) else None for text in texts] if lists else repeat(None, len(rows)),
+        "answered_at": map(itemgetter(2), rows),
+        "origin": repeat(0, len(rows)),
+    }
+    columns = [
+        _column(list(stored[field.name] if field.name in stored else map(attrgetter(field.name), answers)), field.type)
+        for field in COLUMNS
+    ]
+    sink = pa.BufferOutputStream()
+    with PartWriter(sink, [origin]) as part:
+        part.write(pa.Table.from_arrays(columns, schema=COLUMNS))
+    return sink.getvalue()
+
+
+def completions(table: pa.Table) -> list[Completion]:
+    """Build the completions of rows read by `Part.take`."""
+    columns: dict[str, Iterable[Any]] = {name: repeat(value) for name, value in _DERIVED.items()}
+    with _decoding():
+        for name in _FIELDS:
+            if name not in columns:
+                columns[name] = table[name].to_pylist()
+        if table["texts"].null_count < table.num_rows:
+            pairs = zip(table["texts"].to_pylist(), columns["text"], strict=True)
+            columns["text"] = [text if texts is None else texts for texts, text in pairs]
+        columns["attempts"] = [attempts or 0 for attempts in columns["attempts"]]
+    return list(map(Completion, *(columns[name] for name in _FIELDS)))
+
+
+class Part:
+    """A part, opened: its footer is read and its columns have the right types."""
+
+    def __init__(self, file: pa.NativeFile | IO[bytes]) -> None:
+        with _decoding():
+            self._file = pq.ParquetFile(file, page_checksum_verification=True)
+            found = self._file.schema_arrow
+            metadata = self._file.metadata.metadata or {}
+        self.origins = _read_metadata(metadata)
+        sizes = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
+        if sum(sizes) != self._file.metadata.num_rows:
+            raise NotAPart("it has lost a row group")
+        if metadata.get(_COLUMNS, b"").decode("utf-8", "replace").split(" ") != found.names:
+            raise NotAPart("its columns are not those it was written with")
+        self.extra = [name for name in found.names if name not in COLUMNS.names]
+        """Columns of a later llmframe, which a rewriting would lose."""
+        for name in REQUIRED:
+            if name not in found.names:
+                raise NotAPart(f"it has no column {name!r}")
+        self._names = [name for name in COLUMNS.names if name in found.names]
+        for name in self._names:
+            if found.names.count(name) > 1 or found.field(name).type != COLUMNS.field(name).type:
+                raise NotAPart(f"its column {name!r} is not of type {COLUMNS.field(name).type}")
+
+    def heads(self) -> Heads:
+        """Read the key, the status and the time of every row."""
+        keys, paid, times = [], [], []
+        with _decoding():
+            for group in range(self._file.num_row_groups):
+                table = self._read(group, ["key", "status", "answered_at"])
+                keys.append(_keys(table["key"].combine_chunks()))
+                paid.append(pc.is_in(table["status"], value_set=_PAID).to_numpy())
+                times.append(table["answered_at"].cast(pa.int64()).fill_null(0).to_numpy())
+        if not keys:
+            return Heads(np.empty(0, f"V{KEY_BYTES}"), np.empty(0, np.bool_), np.empty(0, np.int64))
+        return Heads(np.concatenate(keys), np.concatenate(paid), np.concatenate(times))
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Iterator[pa.Table]:
+        """Decode the rows with these ascending numbers, a row group at a time."""
+        start = 0
+        for group in range(self._file.num_row_groups):
+            end = start + self._file.metadata.row_group(group).num_rows
+            chosen = rows[np.searchsorted(rows, start) : np.searchsorted(rows, end)] - start
+            if len(chosen):
+                with _decoding():
+                    table = self._read(group, COLUMNS.names)
+                    if len(chosen) < table.num_rows:
+                        table = table.take(pa.array(chosen))
+                yield table
+            start = end
+
+    def _read(self, group: int, names: Sequence[str]) -> pa.Table:
+        """Read columns of one row group; one that an older llmframe did not write is null."""
+        rows = self._file.metadata.row_group(group).num_rows
+        present = [name for name in names if name in self._names]
+        table = self._file.read_row_group(group, columns=present, use_threads=False)
+        table.validate(full=True)  # pyarrow itself takes any bytes for text
+        if table.num_rows != rows:
+            raise NotAPart(f"its row group {group} has {table.num_rows} rows in place of {rows}")
+        if table["key"].null_count:
+            raise NotAPart("it has a row without a key")
+        columns = [table[name] if name in present else pa.nulls(rows, COLUMNS.field(name).type) for name in names]
+        return pa.Table.from_arrays(columns, schema=pa.schema([COLUMNS.field(name) for name in names]))
+
+
+class PartWriter:
+    """Writes tables as one part, in row groups of a size that is good to read."""
+
+    def __init__(self, file: pa.NativeFile | IO[bytes], origins: Sequence[Origin]) -> None:
+        self._writer = pq.ParquetWriter(
+            file,
+            COLUMNS,
+            compression="zstd",
+            use_dictionary=REPEATING,
+            write_statistics=False,
+            write_page_checksum=True,
+            store_schema=False,  # every type is parquet's own
+        )
+        self._writer.add_key_value_metadata(
+            {
+                _FORMAT: str(FORMAT),
+                _COLUMNS: " ".join(COLUMNS.names),
+                _ORIGINS: orjson.dumps(list(origins)),
+            }
+        )
+        self._waiting: list[pa.Table] = []
+
+    def write(self, table: pa.Table) -> None:
+        """Add rows laid out as `COLUMNS`."""
+        self._waiting.append(table)
+        if (
+            sum(table.num_rows for table in self._waiting) >= GROUP_ROWS
+            or sum(table.nbytes for table in self._waiting) >= GROUP_BYTES
+        ):
+            self._write_group()
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._write_group()
+        finally:
+            self._writer.close()
+
+    def _write_group(self) -> None:
+        if self._waiting:
+            table = pa.concat_tables(self._waiting)
+            self._waiting = []
+            self._writer.write_table(table, row_group_size=max(1, table.num_rows))
+
+
+def _column(values: list[Any], type_: pa.DataType) -> pa.Array | pa.ChunkedArray:
+    try:
+        return pa.array(values, type_)
+    except (UnicodeEncodeError, OverflowError, pa.ArrowInvalid):
+        # An endpoint may say what a column cannot hold; one such row must not keep the others off the disk.
+        return pa.array([_fitting(value) for value in values], type_)
+
+
+def _fitting(value: Any) -> Any:
+    if isinstance(value, str):
+        return _well_formed(value)
+    if isinstance(value, list):
+        return [_fitting(each) for each in value]
+    if isinstance(value, int) and value not in _INT64:
+        return None
+    return value
+
+
+def _well_formed(text: str) -> str:
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _keys(array: pa.Array) -> npt.NDArray[np.void]:
+    if len(array) == 0:
+        return np.empty(0, f"V{KEY_BYTES}")
+    return np.frombuffer(array.buffers()[1], f"V{KEY_BYTES}", len(array), array.offset * KEY_BYTES)
+
+
+def _read_metadata(metadata: Mapping[bytes, bytes]) -> tuple[Origin, ...]:
+    written = metadata.get(_FORMAT)
+    if written is None:
+        raise NotAPart("it was not written by llmframe")
+    if not written.isdigit():
+        raise NotAPart(f"its format version is {written!r}")
+    if int(written) > FORMAT:
+        raise NewerFormat(
+            f"it is of checkpoint format {int(written)}, and this llmframe reads formats up to {FORMAT}; upgrade "
+            "llmframe, or name another directory"
+        )
+    try:
+        origins = orjson.loads(metadata.get(_ORIGINS, b"[]"))
+        return tuple(Origin(*(str(each[field.name]) for field in fields(Origin))) for each in origins)
+    except (ValueError, TypeError, KeyError) as error:
+        raise NotAPart(f"its origins cannot be read: {error}") from error
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Let whatever a damaged file makes pyarrow raise come out as `NotAPart`."""
+    try:
+        yield
+    except (NotAPart, FileNotFoundError):
+        raise
+    except Exception as error:  # pyarrow raises a dozen types here, and decoding text two more
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise NotAPart(f"it is torn or damaged: {reason}") from error

@@ -1,0 +1,184 @@
+"""Planning: which rows a call is about, which request each of them sends, and which columns it writes.
+
+Pure, and done for every row before anything is asked: a row that cannot be rendered, a mask that does not fit or
+a column in the way costs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from llmframe.errors import ConfigurationError
+from llmframe.messages import kind
+from llmframe.options import Options
+from llmframe.prompts import Missing, Prompts
+from llmframe.requests import Requests
+from llmframe.results import column_dtype, column_names, text_dtype, typed
+from llmframe.schemas import Labels
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which row sends what.
+
+    Attributes
+    ----------
+    request_of : array of int
+        Each row's request by number; -1 for a row that sends none.
+    first : array of int
+        Each request's first row.
+    keys : list of bytes
+        Each request's key.
+    skipped : dict of int to str
+        Why a row sends none, by position.
+    selected : array of bool
+        The rows that the call is about.
+    """
+
+    request_of: npt.NDArray[np.intp]
+    first: npt.NDArray[np.intp]
+    keys: list[bytes]
+    skipped: dict[int, str]
+    selected: npt.NDArray[np.bool_]
+
+
+def select(frame: pd.DataFrame, options: Options) -> npt.NDArray[np.bool_]:
+    """Give the rows that a call is about.
+
+    Raises
+    ------
+    ConfigurationError
+        A mask of another length or index, or with values that are no booleans.
+    """
+    where = options.where
+    if where is None:
+        return np.ones(len(frame), dtype=bool)
+    if isinstance(where, str):
+        if where != "missing":
+            raise ConfigurationError(f"where={where!r} is not known; it is 'missing' or a boolean mask")
+        if options.output not in frame.columns:
+            return np.ones(len(frame), dtype=bool)
+        return frame[options.output].isna().to_numpy(dtype=bool)
+    if isinstance(where, pd.Series) and not where.index.equals(frame.index):
+        raise ConfigurationError(
+            "the mask in where= has another index than the frame; "
+            "make it from this frame, or pass where=mask.to_numpy()"
+        )
+    mask = _as_series(where)
+    if len(mask) != len(frame):
+        raise ConfigurationError(f"the mask in where= has {len(mask)} values for {len(frame)} rows")
+    if mask.isna().any():
+        raise ConfigurationError(
+            f"the mask in where= has {int(mask.isna().sum())} nulls; fill them with .fillna(False)"
+        )
+    if not all(isinstance(value, bool | np.bool_) for value in mask.tolist()):
+        raise ConfigurationError(f"where= holds values of type {mask.dtype}; it has to be a boolean mask")
+    return mask.to_numpy(dtype=bool)
+
+
+def _as_series(where: Any) -> pd.Series[Any]:
+    known = isinstance(where, list | tuple | np.ndarray | pd.Series | pd.Index | pd.api.extensions.ExtensionArray)
+    if not known or getattr(where, "ndim", 1) != 1:
+        raise ConfigurationError(f"where= is {kind(where)}; it has to be 'missing' or a boolean mask, one value a row")
+    return pd.Series(where, dtype=None if len(where) else bool).reset_index(drop=True)
+
+
+def check_columns(
+    frame: pd.DataFrame, options: Options, schema: Labels | None, selected: npt.NDArray[np.bool_]
+) -> None:
+    """Refuse to overwrite what is there, and to mix what does not fit.
+
+    Raises
+    ------
+    ConfigurationError
+        An output column exists and no ``where=`` says which rows to fill, or holds values of another kind.
+    """
+    existing = [name for name in column_names(options.output, options.details) if name in frame.columns]
+    if not existing:
+        return
+    if options.where is None:
+        raise ConfigurationError(
+            f"the frame has a column {existing[0]!r} already; pass where='missing' to fill what it lacks, "
+            "or output= to write under another name"
+        )
+    for name, dtype in output_dtypes(options, schema).items():
+        if name not in frame.columns:
+            continue
+        if int((frame.columns == name).sum()) > 1:
+            raise ConfigurationError(f"the frame has more than one column {name!r}; give each its own name")
+        if not _can_keep(frame[name][~selected].dropna().tolist(), dtype):
+            raise ConfigurationError(
+                f"column {name!r} holds values of type {frame[name].dtype}, which a column of {dtype} cannot keep; "
+                "pass output= to write under another name"
+            )
+
+
+def _can_keep(values: list[Any], dtype: Any) -> bool:
+    """Whether a column of this type holds these values as they are."""
+    try:
+        if isinstance(dtype, pd.CategoricalDtype):
+            return set(values) <= set(dtype.categories)
+        return dtype is object or typed(values, dtype).tolist() == values
+    except (TypeError, ValueError):
+        return False
+
+
+def make_plan(prompts: Prompts, requests: Requests, selected: npt.NDArray[np.bool_], *, dedupe: bool) -> Plan:
+    """Render every row once: its key, and with it whether it shares a request.
+
+    Raises
+    ------
+    TemplateError
+        A row that cannot be rendered.
+    """
+    request_of = np.full(len(prompts), -1, dtype=np.intp)
+    keys: list[bytes] = []
+    first: list[int] = []
+    skipped: dict[int, str] = {}
+    numbers: dict[bytes, int] = {}
+    occurrences: dict[bytes, int] = {}
+    # Without dedupe the n-th occurrence is counted over the whole frame, so that a mask changes no key.
+    positions = np.flatnonzero(selected) if dedupe else np.arange(len(prompts))
+    for position, messages in zip(positions.tolist(), prompts.render(positions, wanted=selected), strict=True):
+        if isinstance(messages, Missing):
+            if selected[position]:
+                skipped[position] = messages.reason
+            continue
+        key = requests.key(messages)
+        if not dedupe:
+            occurrence = occurrences.get(key, 0)
+            occurrences[key] = occurrence + 1
+            if not selected[position]:
+                continue
+            if occurrence:
+                key = requests.key(messages, occurrence)
+        number = numbers.get(key)
+        if number is None:
+            number = numbers[key] = len(keys)
+            keys.append(key)
+            first.append(position)
+        request_of[position] = number
+    return Plan(request_of, np.array(first, dtype=np.intp), keys, skipped, selected)
+
+
+def output_dtypes(options: Options, schema: Labels | None) -> dict[str, Any]:
+    """Give the columns that a call writes and their types, in order."""
+    answer: Any = text_dtype() if schema is None else schema.dtype
+    several = options.params.get("n")
+    if isinstance(several, int) and several > 1:
+        answer = object  # a list of answers in each cell
+    return {
+        name: column_dtype(name[len(options.output) :], answer)
+        for name in column_names(options.output, options.details)
+    }
+
+
+def rows_of(plan: Plan) -> list[int]:
+    """Give how many rows share each request."""
+    counts: list[int] = np.bincount(plan.request_of[plan.request_of >= 0], minlength=len(plan.first)).tolist()
+    return counts

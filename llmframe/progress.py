@@ -1,0 +1,179 @@
+"""Progress: one bar a run, and the lines a user should read before it pays.
+
+Drawn in the thread that waits, never on the loop that works; what cannot be drawn stops nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+import warnings
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from tqdm import TqdmWarning
+
+from llmframe.errors import LLMFrameWarning
+
+if TYPE_CHECKING:
+    from llmframe.state import State
+
+with warnings.catch_warnings():
+    # A notebook without ipywidgets gets the bar as text, which is as good: nothing to warn of.
+    warnings.simplefilter("ignore", TqdmWarning)
+    from tqdm.auto import tqdm
+
+DRAW_S = 0.5  # as often as a person can read it
+RATE_S = 10.0  # what rows/s is taken over: long enough to be steady, short enough to show a stall
+BLOCKS = 3  # columns for the bar itself, where the words leave no more
+TITLE = 20  # characters of the output's name
+KINDS = 3  # failures named, the commonest first
+
+log = logging.getLogger("llmframe")
+log.addHandler(logging.NullHandler())  # silent unless asked for: without it Python prints warnings by itself
+
+_said: set[str] = set()
+
+
+def say(text: str, *, quiet: bool, once: bool = False) -> None:
+    """Tell the user something on standard error, unless the call asked for quiet; always to the log.
+
+    Parameters
+    ----------
+    text : str
+        What to say.
+    quiet : bool
+        Only to the log.
+    once : bool, default False
+        Not again in this process.
+    """
+    log.info(text)
+    if quiet or (once and text in _said) or sys.stderr is None:
+        return
+    if once:
+        _said.add(text)
+    tqdm.write(f"llmframe: {text}", file=sys.stderr)
+
+
+def warn(text: str) -> None:
+    """Warn the user, at the line that called llmframe, whether or not somebody watches."""
+    log.warning(text)
+    warnings.warn(f"llmframe: {text}", LLMFrameWarning, stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """Count the frames between here and the first that is not llmframe's."""
+    level = 2
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "llmframe":
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def wanted(progress: bool | None) -> bool:
+    """Whether to draw a bar: where there is somebody to see it, unless the call says."""
+    return _watched() if progress is None else progress
+
+
+def _watched() -> bool:
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    if shell is not None and hasattr(shell, "kernel"):
+        return True
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+class Bar:
+    """The bar of one run; nothing at all where none is wanted, or where there is nothing to ask."""
+
+    def __init__(self, state: State, progress: bool | None) -> None:
+        self._state = state
+        self._bar: Any = None
+        self._drawn = time.monotonic()
+        self._course = deque([(self._drawn, state.rows_done)])
+        if state.rows_done < state.rows and wanted(progress):
+            output = state.options.output
+            self._bar = _Tqdm(
+                desc=output if len(output) <= TITLE else output[: TITLE - 1] + "…",
+                total=state.rows,
+                initial=state.rows_done,
+                dynamic_ncols=True,
+                bar_format=_layout(words(state, rate=0.0)),
+            )
+
+    def draw(self) -> None:
+        """Bring the bar up to date, where that is due."""
+        if self._bar is not None and time.monotonic() - self._drawn >= DRAW_S:
+            self._draw()
+
+    def close(self) -> None:
+        """Draw the last state, with the rate over the whole run, and let the bar stand."""
+        if self._bar is not None:
+            self._draw()
+            self._bar.close()
+
+    def _draw(self) -> None:
+        state, course = self._state, self._course
+        self._drawn = now = time.monotonic()
+        while state.ended is None and len(course) > 1 and now - course[0][0] > RATE_S:
+            course.popleft()
+        course.append((now, state.rows_done))
+        then, before = course[0]
+        columns = self._bar.format_dict["ncols"]  # a terminal's; a notebook has a percentage, or none
+        taken = len(f"{self._bar.desc}|{'':{BLOCKS}}| ")
+        room = columns - taken if isinstance(columns, int) else math.inf
+        self._bar.n = state.rows_done
+        self._bar.bar_format = _layout(words(state, rate=(state.rows_done - before) / (now - then), room=room))
+        self._bar.refresh()
+
+
+class _Tqdm(tqdm):  # type: ignore[type-arg]
+    monitor_interval = 0  # no thread that looks after the bar: it is drawn in time as it is
+
+
+def _layout(text: str) -> str:
+    return f"{{desc}}|{{bar}}| {text}"
+
+
+def words(state: State, *, rate: float, room: float = math.inf) -> str:
+    """Say how a run is getting on, in the columns there are.
+
+    Parameters
+    ----------
+    state : State
+        The run.
+    rate : float
+        Rows a second.
+    room : float
+        Columns. Where they are too few, what matters least is left out.
+    """
+    going = state.ended is None
+    tokens = state.usage.prompt_tokens + state.usage.completion_tokens
+    limit = state.pacer.limited_by if state.pacer is not None and going else ""
+    remaining_s = (state.rows - state.rows_done) / rate if rate > 0 else None
+    # In the order they are read, each with its weight.
+    said = [(9, f"{state.rows_done:,}/{state.rows:,}")]
+    if not going:
+        said.append((8, f"in {tqdm.format_interval(state.seconds)}"))
+    elif remaining_s is not None:
+        said.append((8, f"{tqdm.format_interval(remaining_s)} left"))
+    if state.tally.sent:
+        said.append((7, f"{rate:,.0f}/s" if rate >= 10 or rate == 0 else f"{rate:.2g}/s"))
+    if state.tally.sent and going:
+        said.append((3, f"{state.tally.in_flight:,} in flight"))
+    if tokens:
+        said.append((2, f"{tqdm.format_sizeof(tokens)} tokens"))
+    if state.cost_usd is not None:
+        said.append((4, f"${state.cost_usd:.2f}" if state.cost_usd >= 1 else f"${state.cost_usd:.4f}"))
+    for place, (kind, count) in enumerate(state.tally.failures.most_common(KINDS)):
+        said.append((1 if place else 6, f"{count:,} x {kind}"))
+    if limit:
+        said.append((5, f"limit: {limit}"))
+    kept = set[int]()
+    for place in sorted(range(len(said)), key=lambda place: -said[place][0]):
+        text = ", ".join(said[each][1] for each in sorted({*kept, place}))
+        if len(text) <= room:
+            kept.add(place)
+    return ", ".join(said[place][1] for place in sorted(kept))

@@ -1,0 +1,129 @@
+"""One request: its body, as bytes to send, and its key, under which its answer is kept.
+
+The key is the SHA-256 of the request that the user meant. No upgrade of llmframe or of a library may change
+it, since a key that changes bills everybody twice: `tests/test_requests.py` pins golden keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import orjson
+
+from llmframe.errors import ConfigurationError
+from llmframe.messages import Messages, plain_json
+
+CANONICAL_VERSION = 1
+OURS = frozenset({"model", "messages", "stream"})
+
+_write = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+class Requests:
+    """Makes the requests of one run, which differ in their messages alone.
+
+    Parameters
+    ----------
+    endpoint : str
+        The endpoint's identity, from `identity`: it is in the key, and not in the body.
+    model : str
+        The model's name.
+    params : mapping
+        Parameters of the API, as the user passed them.
+    schema : mapping, optional
+        What the answers have to fit, in its canonical form: it is in the key.
+    response_format : mapping, optional
+        The same as the API takes it: it is in the body.
+
+    Examples
+    --------
+    >>> requests = Requests("https://api.openai.com/v1", "gpt-4o-mini", {"temperature": 0})
+    >>> requests.body([{"role": "user", "content": "Hello"}])
+    b'{"model":"gpt-4o-mini","messages":[{"role":"user","content":"Hello"}],"temperature":0}'
+    >>> requests.key([{"role": "user", "content": "Hello"}]).hex()[:16]
+    'c0ae29bec26d07e7'
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        model: str,
+        params: Mapping[str, Any],
+        schema: Mapping[str, Any] | None = None,
+        response_format: Mapping[str, Any] | None = None,
+    ) -> None:
+        for name in params.keys() & OURS:
+            raise ConfigurationError(f"extra_body= has {name!r}, which is made here for each row; leave it out")
+        plain = {name: plain_json(value, name, ConfigurationError) for name, value in params.items()}
+        meant: dict[str, Any] = {"params": _integral(plain), "schema": schema}
+        self.parameters = canonical(meant).decode()
+        body = dict(plain)
+        if response_format is not None:
+            body["response_format"] = response_format
+        self._head = b'{"model":' + orjson.dumps(model) + b',"messages":'
+        self._tail = b"," + orjson.dumps(body)[1:] if body else b"}"
+        meant.update(version=CANONICAL_VERSION, endpoint=endpoint, api="chat", model=model)
+        self._meant = hashlib.sha256(canonical(meant) + b"\n")
+
+    def body(self, messages: Messages) -> bytes:
+        """Give the request as it is sent, in JSON."""
+        return self._head + orjson.dumps(messages) + self._tail
+
+    def key(self, messages: Messages, occurrence: int = 0) -> bytes:
+        """Give the 32 bytes under which the answer is kept.
+
+        Parameters
+        ----------
+        messages : list of dict
+            The row's messages.
+        occurrence : int
+            How many rows before it send the same, where each is to have an answer of its own.
+        """
+        digest = self._meant.copy()
+        digest.update(canonical(messages))
+        if occurrence:
+            digest.update(b"\n#%d" % occurrence)
+        return digest.digest()
+
+
+def canonical(value: Any) -> bytes:
+    """Give a JSON value as its canonical bytes: sorted keys, no white space, UTF-8.
+
+    By the standard library, whose way to write a number is fixed; faster ones write 1e-07 as they please.
+    """
+    return _write(value).encode()
+
+
+def identity(base_url: str) -> str:
+    """Give an endpoint's identity: its base URL, however it was spelled.
+
+    Examples
+    --------
+    >>> identity("HTTPS://API.OpenAI.com:443/v1/")
+    'https://api.openai.com/v1'
+    """
+    parts = urlsplit(base_url)
+    host = parts.hostname or ""
+    if ":" in host:
+        host = f"[{host}]"
+    scheme = parts.scheme.lower()
+    if parts.port is not None and parts.port != DEFAULT_PORTS.get(scheme):
+        host = f"{host}:{parts.port}"
+    return f"{scheme}://{host}{parts.path.rstrip('/')}"
+
+
+def _integral(value: Any) -> Any:
+    """Give 0.0 as 0, and so on: the same request, however the number was written."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, dict):
+        return {key: _integral(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_integral(item) for item in value]
+    return value

@@ -1,0 +1,356 @@
+"""The run: plan, checkpoint, engine, frame.
+
+Everything that can be known is checked before anything is spent; what is answered is kept, however the run ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llmframe import answers, endpoint, loops
+from llmframe.checkpoint import Checkpoint, Origin
+from llmframe.endpoint import Endpoint, Extras
+from llmframe.engine import Crew, Policy
+from llmframe.errors import CheckpointError, ConfigurationError, Interrupted, LLMFrameError, RowFailed
+from llmframe.lines import line_to
+from llmframe.options import Options
+from llmframe.pacing import Caps
+from llmframe.planning import check_columns, make_plan, rows_of, select
+from llmframe.prices import PriceOf, known_prices, read_prices
+from llmframe.progress import Bar, say, warn
+from llmframe.prompts import Missing, Prompts
+from llmframe.report import Run
+from llmframe.requests import Requests
+from llmframe.results import PAID, Completion, Usage
+from llmframe.schemas import Labels, read_schema
+from llmframe.state import State
+
+LOCAL = "local"  # the model= that means the embedded one
+WORTH_SAVING = 200  # rows; a run of more without a checkpoint says what one would save
+FLUSH_LOOK_S = 0.1  # how often it is seen whether a flush is due
+
+_last: Run | None = None
+
+
+def last_run() -> Run:
+    """Give the last run of this process, also one that is going on or was stopped.
+
+    Raises
+    ------
+    ConfigurationError
+        There was none yet.
+
+    Examples
+    --------
+    >>> out = df.llm.complete("Translate to French: {text}", model="local")
+    >>> llmframe.last_run().counts
+    {'ok': 2}
+    """
+    if _last is None:
+        raise ConfigurationError("there was no run in this process yet; df.llm.complete(...) makes one")
+    return _last
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run that is ready to start: all checks are done, and nothing was asked."""
+
+    state: State
+    prompts: Prompts
+    requests: Requests
+    endpoint: Endpoint
+    policy: Policy
+    price: PriceOf | None
+    checkpoint: Checkpoint | None
+
+    @property
+    def quiet(self) -> bool:
+        """Whether the call asked not to be told anything."""
+        return self.state.options.progress is False
+
+
+def complete(prompts: Prompts, options: Options) -> State:
+    """Run and wait; see `LLMFrame.complete`."""
+    prepared = prepare(prompts, options)
+    bar = Bar(prepared.state, options.progress)
+    try:
+        if prepared.endpoint.bound and loops.in_running_loop():
+            loops.run_in_callers_loop(lambda: execute(prepared), bar.draw)
+        else:
+            loops.run(lambda: execute(prepared), bar.draw)
+    except LLMFrameError as error:
+        raise _stopped(error, prepared.state) from error.__cause__
+    except KeyboardInterrupt:
+        raise _stopped(Interrupted("interrupted"), prepared.state) from None
+    finally:
+        bar.close()
+    return prepared.state
+
+
+async def acomplete(prompts: Prompts, options: Options) -> State:
+    """Run without blocking the caller's loop; see `LLMFrame.acomplete`."""
+    prepared = await asyncio.to_thread(prepare, prompts, options)
+    bar = Bar(prepared.state, options.progress)
+    try:
+        await loops.arun(lambda: execute(prepared), bar.draw, here=prepared.endpoint.bound)
+    except LLMFrameError as error:
+        raise _stopped(error, prepared.state) from error.__cause__
+    finally:
+        bar.close()
+    return prepared.state
+
+
+def prepare(prompts: Prompts, options: Options) -> Prepared:
+    """Check a call and plan its run; what the checkpoint holds is found, nothing is asked.
+
+    Raises
+    ------
+    ConfigurationError, TemplateError, SchemaError, CheckpointError
+        The call cannot be made as it was written.
+    """
+    global _last
+    if options.model is None:
+        raise ConfigurationError(
+            "no model: pass model=, set it with llmframe.configure(model=...) or LLMFRAME_MODEL; "
+            'model="local" needs no key and no network'
+        )
+    schema = read_schema(options.schema)
+    if schema is not None and "response_format" in options.params:
+        raise ConfigurationError("schema= and response_format= say the same; pass one of them")
+    selected = select(prompts.frame, options)
+    check_columns(prompts.frame, options, schema, selected)
+    price: PriceOf | None = None if options.prices is None else read_prices(options.prices)
+    params, extras = _split_extras(options.params)
+    target = endpoint.resolve(
+        client=options.client,
+        base_url=options.base_url,
+        api_key=options.api_key,
+        local_model=options.model == LOCAL and options.client is None,
+        extras=extras,
+    )
+    if price is None and options.model != LOCAL:
+        price = known_prices(options.model, target.url)
+    requests = Requests(
+        target.identity,
+        options.model,
+        params,
+        schema.canonical if schema else None,
+        schema.response_format if schema else None,
+    )
+    plan = make_plan(prompts, requests, selected, dedupe=options.dedupe)
+    state = State(prompts.frame, options, schema, plan, [None] * len(plan.keys))
+    checkpoint = None
+    if options.checkpoint is not None:
+        origin = Origin(
+            endpoint=target.identity,
+            api=options.api,
+            model=options.model,
+            template=prompts.description,
+            parameters=requests.parameters,
+        )
+        checkpoint = Checkpoint.open(options.checkpoint, origin)
+    prepared = Prepared(
+        state=state,
+        prompts=prompts,
+        requests=requests,
+        endpoint=target,
+        policy=Policy(Caps(options.max_concurrency, options.rpm, options.tpm), options.max_attempts, options.timeout),
+        price=price,
+        checkpoint=checkpoint,
+    )
+    try:
+        _recall(prepared)
+    except BaseException:
+        if checkpoint is not None:
+            checkpoint.close()
+        raise
+    _last = Run(state)
+    return prepared
+
+
+def _recall(prepared: Prepared) -> None:
+    """Take what the checkpoint holds, and say what it is before anything is asked."""
+    state, checkpoint = prepared.state, prepared.checkpoint
+    total = len(state.plan.keys)
+    if checkpoint is None:
+        if total > WORTH_SAVING:
+            say(
+                f"{total:,} requests without a checkpoint; with checkpoint='runs/name' an interrupted run would go on "
+                "where it stopped, and no answer would be paid for twice",
+                quiet=prepared.quiet,
+            )
+        return
+    shared = rows_of(state.plan)
+    found = 0
+    if not state.options.refresh:
+        wanted = {key: number for number, key in enumerate(state.plan.keys)}
+        for number, completion in checkpoint.find(wanted):
+            state.outcomes[number] = _reread(completion, state.schema)
+            state.rows_done += shared[number]
+            found += 1
+    where = state.options.checkpoint
+    if found:
+        rest = f"asking {total - found:,}" if found < total else "nothing to ask"
+        say(f"{found:,} of {total:,} answers are in {where}; {rest}", quiet=prepared.quiet)
+    elif not state.options.refresh and total and checkpoint.held:
+        why = checkpoint.differs()
+        detail = f": {why}" if why else ""
+        warn(f"0 of {checkpoint.held:,} answers in {where} fit{detail}; asking {total:,}")
+
+
+def _reread(completion: Completion, schema: Labels | None) -> Completion:
+    """Read a kept answer by the schema again: what it reads is not kept."""
+    if schema is None or completion.text is None:
+        return completion
+    if isinstance(completion.text, list):
+        return replace(completion, parsed=[None if text is None else schema.read(text) for text in completion.text])
+    return replace(completion, parsed=schema.read(completion.text)) if completion.status == "ok" else completion
+
+
+async def execute(prepared: Prepared) -> None:
+    """Ask what is still to be asked, and keep what comes."""
+    state, checkpoint = prepared.state, prepared.checkpoint
+    whole = False
+    try:
+        asked = [number for number, outcome in enumerate(state.outcomes) if outcome is None]
+        if asked:
+            await _ask(prepared, np.array(asked, dtype=np.intp))
+        whole = True
+    finally:
+        state.ended = time.monotonic()
+        if checkpoint is not None:
+            try:
+                # Whoever stopped the run waits for it: what is saved then is saved, and tidied by the next run.
+                close = functools.partial(checkpoint.close, tidy=whole)
+                await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, close))
+            except CheckpointError as error:
+                state.unsaved = str(error)
+                raise
+
+
+async def _ask(prepared: Prepared, asked: npt.NDArray[np.intp]) -> None:
+    state = prepared.state
+    line = await line_to(prepared.endpoint, prepared.policy.caps)
+    state.pacer = line.pacer
+    crew = Crew(
+        line=line,
+        endpoint=prepared.endpoint,
+        requests=_bodies(prepared, asked),
+        read=_reader(prepared),
+        deliver=_deliverer(prepared),
+        policy=prepared.policy,
+        tally=state.tally,
+    )
+    asking = asyncio.create_task(crew.run())
+    saving = asyncio.create_task(_save(prepared.checkpoint)) if prepared.checkpoint is not None else None
+    tasks = {asking} if saving is None else {asking, saving}
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    except asyncio.CancelledError:
+        asking.cancel()
+        try:
+            await asyncio.wait({asking})
+        except asyncio.CancelledError:  # interrupted twice: the crew does not wait for what is in flight
+            asking.cancel()
+            await asyncio.wait({asking})
+        raise
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+    if saving is not None and not saving.cancelled():
+        saving.result()  # it ends by itself only where the store failed
+    asking.result()
+
+
+async def _save(checkpoint: Checkpoint) -> None:
+    """Flush whenever one is due, off the loop."""
+    loop = asyncio.get_running_loop()
+    while True:
+        await asyncio.sleep(FLUSH_LOOK_S)
+        if checkpoint.due(time.monotonic()):
+            await asyncio.shield(loop.run_in_executor(None, checkpoint.flush))
+
+
+def _bodies(prepared: Prepared, asked: npt.NDArray[np.intp]) -> Iterator[tuple[int, bytes]]:
+    """Make each request as a worker asks for it."""
+    positions = prepared.state.plan.first[asked]
+    for number, messages in zip(asked.tolist(), prepared.prompts.render(positions), strict=True):
+        assert not isinstance(messages, Missing)
+        yield number, prepared.requests.body(messages)
+
+
+def _reader(prepared: Prepared) -> Any:
+    schema, price = prepared.state.schema, prepared.price
+
+    def read(payload: Any, *, latency_s: float, attempts: int, request_id: str | None) -> Completion | None:
+        return answers.read_chat(
+            payload, schema=schema, price=price, latency_s=latency_s, attempts=attempts, request_id=request_id
+        )
+
+    return read
+
+
+def _deliverer(prepared: Prepared) -> Callable[[int, Completion], None]:
+    state, checkpoint = prepared.state, prepared.checkpoint
+    shared = rows_of(state.plan)
+
+    def deliver(number: int, completion: Completion) -> None:
+        state.outcomes[number] = completion
+        state.rows_done += shared[number]
+        if completion.status in PAID:
+            state.usage += Usage(
+                completion.prompt_tokens or 0,
+                completion.completion_tokens or 0,
+                completion.cached_tokens or 0,
+                completion.reasoning_tokens or 0,
+            )
+            if completion.cost_usd is not None:
+                state.cost_usd = (state.cost_usd or 0.0) + completion.cost_usd
+        if checkpoint is not None:
+            checkpoint.add(state.plan.keys[number], completion)
+        if completion.status == "failed" and state.options.on_error == "raise":
+            position = int(state.plan.first[number])
+            label = state.source.index[position]
+            raise RowFailed(
+                f"row {position} (label {label!r}) failed: {completion.error}", position=position, label=label
+            )
+
+    return deliver
+
+
+def _split_extras(params: Any) -> tuple[dict[str, Any], Extras]:
+    """Take apart what goes into the body and what goes beside it (the SDK's ``extra_*``)."""
+    body = {name: value for name, value in params.items() if name not in ("extra_headers", "extra_query", "extra_body")}
+    pairs: dict[str, tuple[tuple[str, str], ...]] = {}
+    for name in ("extra_headers", "extra_query", "extra_body"):
+        value = params.get(name) or {}
+        if not isinstance(value, dict):
+            raise ConfigurationError(f"{name}={value!r:.60} has to be a dict")
+        pairs[name] = tuple((str(key), str(item)) for key, item in value.items())
+    body.update(params.get("extra_body") or {})
+    return body, Extras(pairs["extra_headers"], pairs["extra_query"])
+
+
+def _stopped(error: Any, state: State) -> Any:
+    """Give a run's error with the rows done so far, and the way to go on."""
+    with suppress(Exception):  # the error itself matters more than the frame
+        error.frame = state.frame()
+        error.completions = state.completions()
+    if state.options.checkpoint is not None and state.unsaved is None:
+        way = f"the same call goes on from {state.options.checkpoint}"
+    else:
+        output = "" if state.options.output == "response" else f", output={state.options.output!r}"
+        way = f"go on with llmframe.last_run().frame.llm.complete(..., where='missing'{output})"
+    words = str(error) if state.unsaved is None or state.unsaved in str(error) else f"{error}; {state.unsaved}"
+    error.args = (f"{words} ({state.rows_done:,} of {state.rows:,} rows are done; {way})",)
+    return error

@@ -1,0 +1,126 @@
+"""Schemas: what an answer has to fit, as the API takes it, and as it is read when it comes back.
+
+An answer that does not fit is never guessed at: it is `Unfit`, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+import pandas as pd
+
+from llmframe.errors import SchemaError
+from llmframe.messages import well_formed
+
+PROPERTY = "label"  # the API's strict mode wants an object at the root, so a label is its one property
+
+
+class Unfit(Exception):
+    """An answer does not fit the schema."""
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """A closed list of labels, one of which is the answer.
+
+    Parameters
+    ----------
+    values : tuple of str, or tuple of int
+        The labels, in the order their categories will have.
+    """
+
+    values: tuple[str, ...] | tuple[int, ...]
+
+    @property
+    def canonical(self) -> dict[str, Any]:
+        """The schema as a key has it: what was asked for, not how it is put to the API."""
+        return {"labels": list(self.values)}
+
+    @property
+    def response_format(self) -> dict[str, Any]:
+        """The schema as the API takes it."""
+        kind = "string" if isinstance(self.values[0], str) else "integer"
+        schema = {
+            "type": "object",
+            "properties": {PROPERTY: {"type": kind, "enum": list(self.values)}},
+            "required": [PROPERTY],
+            "additionalProperties": False,
+        }
+        return {"type": "json_schema", "json_schema": {"name": PROPERTY, "strict": True, "schema": schema}}
+
+    @property
+    def dtype(self) -> pd.CategoricalDtype:
+        """The type of a column of labels."""
+        return pd.CategoricalDtype(list(self.values))
+
+    def read(self, text: str) -> str | int:
+        """Read an answer.
+
+        Raises
+        ------
+        Unfit
+            The answer is none of the labels; the reason quotes it.
+
+        Examples
+        --------
+        >>> Labels(("positive", "negative")).read('{"label": "positive"}')
+        'positive'
+        """
+        bare = text.strip()
+        try:
+            answer = orjson.loads(bare)
+        except orjson.JSONDecodeError:
+            answer = None
+        wrapped = answer[PROPERTY] if isinstance(answer, dict) and answer.keys() == {PROPERTY} else None
+        for label in self.values:
+            # Exactly a label and nothing else is that label, also from a server that ignores response_format.
+            if bare == str(label) or (type(wrapped) is type(label) and wrapped == label):
+                return label
+        labels = ", ".join(map(repr, self.values))
+        raise Unfit(f"the answer {text!r:.200} is none of the labels {labels:.200}")
+
+
+def read_schema(schema: Any) -> Labels | None:
+    """Read the ``schema=`` of a call.
+
+    Raises
+    ------
+    SchemaError
+        It is no list of labels, or the labels are empty, repeated or of mixed types.
+
+    Examples
+    --------
+    >>> read_schema(["positive", "negative"])
+    Labels(values=('positive', 'negative'))
+    """
+    if schema is None:
+        return None
+    if isinstance(schema, str | bytes | Mapping) or not isinstance(schema, Sequence | np.ndarray):
+        raise SchemaError(
+            f"schema={schema!r:.80} is not a list of labels; pass one, as in schema=['positive', 'negative'] "
+            "(for a JSON schema pass the API's own response_format=)"
+        )
+    labels = [label.item() if isinstance(label, np.generic) else label for label in schema]
+    if not labels:
+        raise SchemaError("schema=[] has no labels; name at least one")
+    kind = str if isinstance(labels[0], str) else int
+    for label in labels:
+        if not isinstance(label, kind) or isinstance(label, bool):
+            raise SchemaError(
+                f"the label {label!r} is of type {type(label).__name__}; labels are all text or all whole numbers"
+            )
+        if isinstance(label, int) and abs(label) >= 2**53:
+            raise SchemaError(f"the label {label} is beyond 53 bits, which JSON readers may round; write it as text")
+    values = tuple(well_formed(label) if isinstance(label, str) else label for label in labels)
+    for label, count in Counter(values).items():
+        if count > 1:
+            raise SchemaError(f"the label {label!r} is given {count} times; give each label once")
+    for label in values:
+        if isinstance(label, str) and (not label or label.strip() != label):
+            raise SchemaError(f"the label {label!r} is empty or has white space around it; write it without")
+    return Labels(values)

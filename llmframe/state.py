@@ -1,0 +1,103 @@
+"""What a run knows while it goes on: what each request gave, and what it took.
+
+Written by the runner's loop alone; read by anybody, at any time, from any thread.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import pandas as pd
+
+from llmframe.engine import Tally
+from llmframe.options import Options
+from llmframe.pacing import Pacer
+from llmframe.planning import Plan, output_dtypes
+from llmframe.results import Completion, Usage, columns, twin, typed
+from llmframe.schemas import Labels
+
+PENDING = Completion(status="pending", error="not asked")
+
+
+@dataclass(eq=False, slots=True)
+class State:
+    """A run under way.
+
+    Attributes
+    ----------
+    source : DataFrame
+        The frame as it came.
+    options : Options
+        The call's keywords.
+    schema : Labels or None
+        What the answers have to fit.
+    plan : Plan
+        Which row sends what.
+    outcomes : list of Completion or None
+        What each request gave, by number.
+    rows_done : int
+        Rows whose request has an outcome.
+    usage, cost_usd : Usage, float or None
+        What this run itself has paid.
+    tally : Tally
+        What was sent and met.
+    pacer : Pacer or None
+        What decides how fast; None until a request is to be sent.
+    started, ended : float, float or None
+        On the monotonic clock, in seconds.
+    unsaved : str or None
+        Why the checkpoint does not hold all that was answered.
+    """
+
+    source: pd.DataFrame
+    options: Options
+    schema: Labels | None
+    plan: Plan
+    outcomes: list[Completion | None]
+    rows_done: int = 0
+    usage: Usage = field(default_factory=Usage)
+    cost_usd: float | None = None
+    tally: Tally = field(default_factory=Tally)
+    pacer: Pacer | None = None
+    started: float = field(default_factory=time.monotonic)
+    ended: float | None = None
+    unsaved: str | None = None
+
+    @property
+    def rows(self) -> int:
+        """The rows that send a request or share one."""
+        return int((self.plan.request_of >= 0).sum())
+
+    @property
+    def seconds(self) -> float:
+        """Seconds from the start to the end, or to now."""
+        return (time.monotonic() if self.ended is None else self.ended) - self.started
+
+    def completions(self) -> list[Completion]:
+        """Give each row's completion, in the frame's order."""
+        plan = self.plan
+        made: list[Completion] = []
+        for position, number in enumerate(plan.request_of.tolist()):
+            if number < 0:
+                made.append(Completion(status="skipped", error=plan.skipped.get(position, "not selected")))
+                continue
+            outcome = self.outcomes[number] or PENDING
+            made.append(outcome if plan.first[number] == position else twin(outcome))
+        return made
+
+    def frame(self) -> pd.DataFrame:
+        """Give the source with its new columns."""
+        options = self.options
+        values = columns(
+            self.completions(), output=options.output, details=options.details, labelled=self.schema is not None
+        )
+        frame = self.source.copy(deep=False)
+        for name, dtype in output_dtypes(options, self.schema).items():
+            cells = values[name]
+            if name in frame.columns:  # a call with where=: the rows left out keep what they hold
+                kept = frame[name].astype(object).tolist()
+                chosen = self.plan.selected.tolist()
+                cells = [new if take else old for new, old, take in zip(cells, kept, chosen, strict=True)]
+            frame[name] = typed(cells, dtype)
+        return frame
