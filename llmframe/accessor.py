@@ -67,6 +67,8 @@ class LLMFrame:
             Requests for one row before it is ``failed``.
         on_error : {"column", "raise"}
             Write a row's failure into its columns, or stop at the first.
+        api : {"chat"}
+            Which of the endpoint's APIs to ask.
         client, base_url, api_key : optional
             An openai client, or the pieces of one; else ``OPENAI_BASE_URL`` and ``OPENAI_API_KEY``.
         progress : bool, optional

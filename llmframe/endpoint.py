@@ -9,6 +9,7 @@ for a synchronous one. None of them retries, follows a redirect, or hands on the
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import re
 import sys
@@ -32,6 +33,7 @@ from llmframe.requests import identity
 
 PATH = "/chat/completions"
 CONNECT_S = 10.0  # a host that takes no connection for this long is not there
+LARGE_BYTES = 1 << 19  # aiohttp writes bytes in one go, and warns of it from 1 MiB on; a file it writes in pieces
 KEEPALIVE_S = 30.0  # shorter than the idle limits of common servers and proxies (60 s), so none closes under a request
 FILES_SHARE = 0.75  # of the files a process may open, for connections; the rest is for everything else
 POOL = 100  # connections of an HTTP client that does not say how many: httpx's own default
@@ -328,7 +330,8 @@ class AiohttpTransport:
         """Send one request; see `Transport`."""
         try:
             # A redirect would carry the key along, or turn the POST into a GET; it comes back as the failure it is.
-            async with self._session.post(self._url, data=body, proxy=self._proxy, allow_redirects=False) as response:
+            data = body if len(body) < LARGE_BYTES else io.BytesIO(body)
+            async with self._session.post(self._url, data=data, proxy=self._proxy, allow_redirects=False) as response:
                 return Reply(response.status, response.headers, _redacted(await response.read(), self._secrets))
         except aiohttp.ClientConnectorCertificateError as error:
             raise Unreachable("certificate", str(error.certificate_error)) from error

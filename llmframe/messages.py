@@ -85,9 +85,7 @@ def plain_json(value: Any, name: str, refused: type[LLMFrameError]) -> Any:
             return float(value)
         raise refused(f"{name}={value!r} is not a JSON number; pass a finite one")
     if isinstance(value, Mapping):
-        return {
-            well_formed(str(key)): plain_json(item, f"{name}[{key!r}]", refused) for key, item in value.items()
-        }
+        return {well_formed(str(key)): plain_json(item, f"{name}[{key!r}]", refused) for key, item in value.items()}
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
         item = value.item()
         if not isinstance(item, np.generic):  # a long double gives itself

@@ -6,11 +6,14 @@ A value in the call beats `configure`, which beats the environment. What is no k
 from __future__ import annotations
 
 import inspect
+import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, overload
 
+import numpy as np
+import numpy.typing as npt
 import openai
 import pandas as pd
 
@@ -22,7 +25,7 @@ S = TypeVar("S")
 A = TypeVar("A")
 R = TypeVar("R")
 
-Where = Literal["missing"] | pd.Series | Sequence[bool]
+Where = Literal["missing"] | pd.Series | npt.NDArray[np.bool_] | Sequence[bool]
 OnError = Literal["column", "raise"]
 
 
@@ -74,6 +77,13 @@ class Options:
             if value is not None and (isinstance(value, bool) or not _is_number(value) or not 0 < value < float("inf")):
                 raise ConfigurationError(f"{name}={value!r} has to be a number above 0")
         _check_params(self.params)
+
+    @property
+    def several(self) -> bool:
+        """Whether ``n=`` asks for a list of answers in each cell."""
+        extra = self.params.get("extra_body")
+        sent: dict[str, Any] = {**self.params, **(extra if isinstance(extra, Mapping) else {})}
+        return _is_number(sent.get("n")) and bool(sent["n"] > 1)
 
 
 def call_options(
@@ -171,11 +181,13 @@ def _over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, An
 class TakesOptions(Protocol[P]):
     """A decorator that types and shows ``**keywords`` as what they are."""
 
-    @overload
-    def __call__(self, call: Callable[Concatenate[S, A, ...], R]) -> Callable[Concatenate[S, A, P], R]: ...
+    @overload  # a function of a list; what fits this and the next would be typed as neither, and no method fits this
+    def __call__(
+        self, call: Callable[Concatenate[Iterable[Any], ...], R]
+    ) -> Callable[Concatenate[Iterable[Any], P], R]: ...
 
-    @overload
-    def __call__(self, call: Callable[Concatenate[A, ...], R]) -> Callable[Concatenate[A, P], R]: ...
+    @overload  # a method and its one argument of its own
+    def __call__(self, call: Callable[Concatenate[S, A, ...], R]) -> Callable[Concatenate[S, A, P], R]: ...
 
 
 def takes_options(options: Callable[P, Options]) -> TakesOptions[P]:
@@ -191,7 +203,7 @@ def takes_options(options: Callable[P, Options]) -> TakesOptions[P]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+    return isinstance(value, numbers.Real)  # numpy's too
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
@@ -200,7 +212,7 @@ def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
 
 
 def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ConfigurationError(f"{name}={value!r} has to be a whole number of at least 1")
 
 

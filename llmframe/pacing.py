@@ -295,29 +295,35 @@ EVIDENCE = 16  # answers before a window is judged, at least
 EVIDENCE_S = 0.05  # and seconds: an event loop delivers in bunches
 EARLY = 24  # answers after which the first requests can be found to queue
 SERIAL = 0.5  # log of what the first four of sixteen are faster if they queue among themselves
-GAIN = 1.2  # in flight for each request at work: one fifth waits, so that no slot ever idles
+GAIN = 1.1  # in flight for each request at work: some wait, so that no slot ever idles
+SPREAD = 1.25  # and so many times its square root: few slots swing more than many
 LATE_S = 0.01  # and so many seconds' worth more, for a client that is late by that much
-GROWING = 0.3  # of the growth in flight must come back as growth in speed, or the knee is passed
+GROWING = 0.25  # of the growth in flight must come back as growth in speed, or the knee is passed
 BRAKE = 0.3  # log of the slow-down at which a growing window waits for its judgement
 ROOM = math.log(1.13)  # answers no slower than that show that nothing queues
-QUEUED = math.log(1.7)  # answers slower than that show a long queue, or that they have become another kind
+QUEUED = math.log(1.8)  # answers slower than that show a long queue, or that they have become another kind
+HELD = math.log(0.85)  # of the speed is all of it: fewer in flight made no difference
+SURE = 1.2  # times what was at work is growth that helps
+UNSURE = 1.5  # times the window before is as far as it grows until it is known to help
 NOISE = 0.07  # log of a change of the base that means nothing
 PROBE_SHARE = 1.3  # a probe for the latency without a queue keeps so many times fewer in flight
 PROBE_S, LONGEST_PROBE_S = 10.0, 60.0  # between probes; doubled while they find nothing new
 PROBE_WINDOWS = 30  # but at least so many windows: a probe costs two of them a part of their speed
+DOUBTFUL_WINDOWS = 4  # until the next one, where a probe changed the picture
 BUSY_LAG_S = 0.02  # an event loop that late is out of CPU: more in flight would wait here and not there
 
 
 class _Epoch:
     """What was seen since a moment."""
 
-    __slots__ = ("answers", "began", "full", "load", "logs", "squares")
+    __slots__ = ("answers", "began", "full", "load", "logs", "seconds", "squares")
 
     def __init__(self, began: float, load: int) -> None:
         self.began = began
         self.load = max(1, load)  # in flight at the beginning: what the answers of an epoch were sent beside
         self.answers = self.full = 0
-        self.logs = self.squares = 0.0  # of the latencies' logarithms, which a few slow answers do not sway
+        self.seconds = 0.0  # the latencies' sum
+        self.logs = self.squares = 0.0  # of their logarithms, which a few slow answers do not sway
 
 
 class _First:
@@ -343,9 +349,18 @@ class _Window:
     def __init__(self, most: int, now: float) -> None:
         self.size = min(float(START), most)
         self.base: float | None = None  # log of seconds
+        self._error = 0.0  # of it
         self._most = float(most)
         self._phase: Literal["start", "grow", "hold", "probe"] = "start"
         self._speed = 0.0  # answers a second
+        self._at_work = 0.0  # requests that the endpoint works on at one time
+        self._load = 0  # in flight before a probe
+        self._usual: float | None = None  # log latency at the size held
+        self._step = 2.0  # that a growing window grows by at each answer
+        self._sudden = -math.inf  # a recent latency below it shows that nothing queues any more
+        self._surprising = 0.0  # so many answers within the latency of one show that more are worked on than before
+        self._lately: deque[float] = deque()  # when answers came, within the latency of one
+        self._most_unsure = 2.0 * self.size  # it grows no further until that has shown to help
         self._before: tuple[float, int] | None = None  # speed and load of the epoch before
         self._recent: float | None = None  # log latency of the last few answers
         self._settling = 0  # answers that belong to the size before
@@ -383,6 +398,12 @@ class _Window:
                 if now - latency_s <= first.until and first.back < first.count:
                     first.back += 1
                     first.logs += log
+        lately = self._lately
+        lately.append(now)
+        if self.base is not None:
+            since = now - math.exp(self.base)
+            while lately[0] < since:
+                lately.popleft()
         if self._settling:
             self._settling -= 1
             if not self._settling:
@@ -390,27 +411,46 @@ class _Window:
             return ""
         epoch = self._epoch
         epoch.answers += 1
+        epoch.seconds += latency_s
         epoch.logs += log
         epoch.squares += log * log
-        full = in_flight >= 0.9 * self.size
+        full = in_flight >= 0.9 * int(self.size)
         epoch.full += full
-        if self._phase == "start" or self._phase == "grow":
-            base = self._first_base(now) if self.base is None else self.base
-            if full and not busy and self._recent < base + BRAKE:
-                self.size = min(self._most, self.size + max(1.0, welcome * min(1.0, now - self._grew)))
-            self._grew = now
-            if self.base is None:
-                if epoch.answers == 1:
-                    epoch.load = in_flight
-                usual_s = math.exp(base)
-                if epoch.answers >= EARLY and self._recent > base + SERIAL and now - epoch.began > 3 * usual_s:
-                    self.base = base
-                    self._settle_at(now, epoch.answers / (now - epoch.began - usual_s), in_flight)
-                    return self._probe(in_flight, "knee")
+        if full and not busy:
+            if self._phase == "start" or self._phase == "grow":
+                self._grow(now, welcome)
+            elif self._phase == "hold" and self._recent < self._sudden:
+                self._phase, self._most_unsure = "grow", UNSURE * self.size
+                return "room"
+        self._grew = now
+        if self.base is None:
+            if epoch.answers == 1:
+                epoch.load = in_flight
+            base = self._first_base(now)
+            usual_s = math.exp(base)
+            if epoch.answers >= EARLY and self._recent > base + SERIAL and now - epoch.began > 3 * usual_s:
+                self.base = base
+                speed = epoch.answers / (now - epoch.began - usual_s)
+                self._hold(now, 2 * speed * usual_s, speed, in_flight)
+                self._probe_at = now
+                return "knee"
         if epoch.answers >= max(EVIDENCE, epoch.load) and now - epoch.began >= EVIDENCE_S:
             self._epoch = _Epoch(now, in_flight)
             return self._judge(now, epoch, in_flight, busy)
         return ""
+
+    def _grow(self, now: float, welcome: float) -> None:
+        base = self._first_base(now) if self.base is None else self.base
+        assert self._recent is not None
+        if self._recent >= base + BRAKE:
+            return
+        most, at_work = self._most_unsure, len(self._lately)
+        if welcome:
+            most = self._most
+        elif self.base is not None and at_work > max(SURE * self._at_work, self._surprising):
+            most = 2.0 * at_work
+        more = max(self._step, welcome * min(1.0, now - self._grew))
+        self.size = min(self._most, max(self.size, most), self.size + more)
 
     def _first_base(self, now: float) -> float:
         """Log latency of the first requests; those still out took at least the time since.
@@ -424,63 +464,86 @@ class _Window:
         return few if few < most - SERIAL else some if some < most - SERIAL else most
 
     def _judge(self, now: float, epoch: _Epoch, in_flight: int, busy: bool) -> str:
-        count = epoch.answers
+        count, load = epoch.answers, epoch.load
         log = epoch.logs / count
         error = math.sqrt(max(0.0, epoch.squares / count - log * log) / count)
         speed = count / (now - epoch.began)
         full = epoch.full >= 0.7 * count
         if self._phase == "start":
             first = self._first_base(now)
-            self.base = first if first < log - 0.2 else log
+            self.base, self._error = (first, error * math.sqrt(count / 16)) if first < log - 0.2 else (log, error)
             self._phase = "grow"
-            self._before = (epoch.load / math.exp(log), epoch.load) if full else None
+            self._before = (load / (epoch.seconds / count), load) if full else None
+            self._at_work = load / 2
             return ""
         assert self.base is not None
-        before, self._before = self._before, (speed, epoch.load) if full else None
         if not full:
             if self._phase == "probe":
-                self._settle_at(now, self._speed, in_flight)
+                self._hold(now, self._at_work, self._speed, in_flight)
+            self._before = None
             return ""
+        before, self._before = self._before, (speed, load)
         if self._phase == "grow":
             if before is None:
                 return ""
-            more = math.log(epoch.load / before[1])
-            faster = math.log(speed / before[0])
+            more, faster = math.log(load / before[1]), math.log(speed / before[0])
             if more < 0.1 and log < self.base + BRAKE:
                 return ""
             if more >= 0.1 and faster >= GROWING * more:
-                if faster > 0.15:
-                    self.base = max(self.base, log)
+                if faster > 0.15 and log > self.base:
+                    self.base, self._error = log, error
                 return "grow"
-            self._settle_at(now, speed, in_flight)
+            self._hold(now, min(load, before[1] * max(1.0, speed / before[0])), speed, in_flight)
             return self._probe(in_flight, "knee")
         if self._phase == "probe":
-            lower = log < self.base - NOISE
-            self._probe_after_s = PROBE_S if lower else min(LONGEST_PROBE_S, 2 * self._probe_after_s)
-            self.base = log
-            self._settle_at(now, max(speed, self._speed), in_flight)
-            return self._probe(in_flight, "queue shorter") if lower else "measured"
-        self._speed = speed
-        slower = log - self.base
-        if slower + 0.5 * error < ROOM and not busy:
-            self._phase = "grow"
-            self.size = min(self._most, 1.25 * self.size)
+            return self._probed(now, speed, load, log, error, in_flight)
+        usual, self._usual = self._usual, log if self._usual is None else self._usual + 0.3 * (log - self._usual)
+        self._speed = speed if usual is None else self._speed + 0.3 * (speed - self._speed)
+        expected = self._speed * math.exp(self.base)
+        self._sudden = min(self._usual - max(0.2, 0.7 * error * math.sqrt(count)), self.base + ROOM)
+        self._surprising = expected + max(0.15 * expected, 3 * error * math.sqrt(count * expected))
+        slower, doubt = log - self.base, math.hypot(error, self._error)
+        dropped = usual is not None and log < usual - ROOM and slower + 0.3 * doubt < ROOM
+        if (dropped or slower < 0.05) and not busy:
+            self._phase, self._most_unsure = "grow", UNSURE * self.size
             return "room"
-        if slower - error > QUEUED or now >= self._probe_at:
+        if slower - 2 * doubt > QUEUED:
+            self.size = max(self.size / 2, speed * math.exp(self.base)) * PROBE_SHARE
+            return self._probe(in_flight, "slower")
+        if now >= self._probe_at:
             return self._probe(in_flight, "probe")
         return ""
 
+    def _probed(self, now: float, speed: float, load: int, log: float, error: float, in_flight: int) -> str:
+        """Judge an epoch with fewer in flight, beside the speed and the load before it."""
+        assert self.base is not None and self._load
+        fell, fastest = math.log(speed / self._speed), max(speed, self._speed)
+        at_work = min(self._load, load * fastest / speed)
+        doubt = math.hypot(error, self._error)
+        if fell > HELD and log > self.base + NOISE + 2 * doubt:
+            self._hold(now, max(load / 2, speed * math.exp(self.base)), fastest, in_flight)
+            self.size = min(self.size, load / 1.2)
+            return self._probe(in_flight, "queue")
+        moved = log - self.base
+        self.base, self._error = log, error
+        self._probe_after_s = PROBE_S if abs(moved) > 2 * NOISE + doubt else min(LONGEST_PROBE_S, 2 * self._probe_after_s)
+        self._hold(now, at_work, fastest, in_flight)
+        if abs(moved) > 2 * NOISE + doubt:
+            self._probe_at = now + DOUBTFUL_WINDOWS * self.size / speed
+        return self._probe(in_flight, "queue shorter") if moved < -NOISE - doubt and fell > HELD else "measured"
+
     def _probe(self, in_flight: int, decision: str) -> str:
+        self._load = in_flight
         self._phase = "probe"
         self.size = max(1.0, self.size / PROBE_SHARE)
         self._settling = in_flight
         return decision
 
-    def _settle_at(self, now: float, speed: float, in_flight: int) -> None:
-        assert self.base is not None
-        self._phase = "hold"
-        self._speed = speed
-        self.size = min(self._most, max(1.0, speed * (GAIN * math.exp(self.base) + LATE_S) + 1.0))
+    def _hold(self, now: float, at_work: float, speed: float, in_flight: int) -> None:
+        """Keep as many in flight as are worked on at one time, and a few more."""
+        self._phase, self._surprising, self._sudden = "hold", 0.0, -math.inf
+        self._at_work, self._speed, self._usual = at_work, speed, None
+        self.size = min(self._most, max(1.0, GAIN * at_work + SPREAD * math.sqrt(at_work) + LATE_S * speed))
         self._settling = in_flight
         self._probe_at = now + max(self._probe_after_s, PROBE_WINDOWS * self.size / speed)
 

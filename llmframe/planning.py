@@ -169,8 +169,7 @@ def make_plan(prompts: Prompts, requests: Requests, selected: npt.NDArray[np.boo
 def output_dtypes(options: Options, schema: Labels | None) -> dict[str, Any]:
     """Give the columns that a call writes and their types, in order."""
     answer: Any = text_dtype() if schema is None else schema.dtype
-    several = options.params.get("n")
-    if isinstance(several, int) and several > 1:
+    if options.several:
         answer = object  # a list of answers in each cell
     return {
         name: column_dtype(name[len(options.output) :], answer)

@@ -164,7 +164,7 @@ def words(state: State, *, rate: float, room: float = math.inf) -> str:
     if state.tally.sent and going:
         said.append((3, f"{state.tally.in_flight:,} in flight"))
     if tokens:
-        said.append((2, f"{tqdm.format_sizeof(tokens)} tokens"))
+        said.append((2, f"{tqdm.format_sizeof(tokens) if tokens >= 10_000 else f'{tokens:,}'} tokens"))
     if state.cost_usd is not None:
         said.append((4, f"${state.cost_usd:.2f}" if state.cost_usd >= 1 else f"${state.cost_usd:.4f}"))
     for place, (kind, count) in enumerate(state.tally.failures.most_common(KINDS)):

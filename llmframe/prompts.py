@@ -161,7 +161,7 @@ class Prompts:
                     if wanted is not None and not wanted[position]:
                         yield Missing(str(error))
                         continue
-                    label = self.frame.index[position]
+                    (label,) = self.frame.index[[position]].tolist()
                     raise TemplateError(f"row {position} (label {label!r}): {error}") from error.__cause__
 
     def _rows(self, chunk: npt.NDArray[np.intp]) -> Iterator[Values]:

@@ -9,6 +9,7 @@ import string
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 from hypothesis import given
@@ -48,9 +49,8 @@ DEFAULTS = {
 
 
 @pytest.fixture(autouse=True)
-def _nothing_configured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _nothing_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmframe.options._configured", {})
-    yield
 
 
 def client(**keywords: Any) -> openai.AsyncOpenAI:
@@ -151,6 +151,8 @@ def test_a_value_that_a_keyword_cannot_have_is_refused(name: str, value: Any, sa
         ("rpm", 0.5),
         ("tpm", 10_000),
         ("timeout", 0.1),
+        ("timeout", np.float32(2.5)),
+        ("max_concurrency", np.int64(4)),
         ("output", "größe"),
     ],
 )
@@ -204,6 +206,24 @@ def test_a_parameter_that_has_no_meaning_here_is_refused(name: str) -> None:
 def test_no_keyword_of_ours_is_a_name_in_the_body_that_the_api_needs() -> None:
     api = set(openai.types.chat.completion_create_params.CompletionCreateParamsNonStreaming.__annotations__)
     assert api & {*KEYWORDS} <= OURS
+
+
+@pytest.mark.parametrize(
+    ("params", "several"),
+    [
+        ({}, False),
+        ({"n": 1}, False),
+        ({"n": 2}, True),
+        ({"n": np.int64(2)}, True),
+        ({"n": None}, False),
+        ({"n": "2"}, False),
+        ({"extra_body": {"n": 2}}, True),
+        ({"n": 2, "extra_body": {"n": 1}}, False),
+        ({"n": 2, "extra_body": None}, True),
+    ],
+)
+def test_an_answer_is_a_list_where_the_request_asks_for_several(params: dict[str, Any], several: bool) -> None:
+    assert call_options(**params).several is several
 
 
 # ---- the call, configure and the environment

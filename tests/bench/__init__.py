@@ -1,0 +1,1 @@
+"""Benchmarks: speed and memory, beside what a user would pick instead; never part of the suite."""

@@ -1,0 +1,620 @@
+"""Every client sends what its owner configured, by what the server received; and none gives away its key."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import orjson
+import pytest
+
+from llmframe.endpoint import (
+    AiohttpTransport,
+    Endpoint,
+    Extras,
+    Lost,
+    Reply,
+    SdkTransport,
+    ThreadTransport,
+    Transport,
+    is_plain,
+    resolve,
+)
+from llmframe.errors import ConfigurationError, EndpointError
+from llmframe.failures import Unreachable
+from tests.server import ReceivedRequest, SimulatedServer
+
+KEY = "sk-a-key-of-no-worth"
+NO_EXTRAS = Extras()
+
+
+def body_of(text: str = "Hello", **more: Any) -> bytes:
+    return orjson.dumps({"model": "m", "messages": [{"role": "user", "content": text}], **more})
+
+
+def send_to(endpoint: Endpoint, *bodies: bytes, client: Any = None) -> tuple[type[Transport], list[Reply]]:
+    """Send one after the other over one transport; give its class and the replies."""
+
+    async def main() -> tuple[type[Transport], list[Reply]]:
+        transport = endpoint.open()
+        try:
+            return type(transport), [await transport.send(body) for body in bodies or (body_of(),)]
+        finally:
+            await transport.close()
+            if isinstance(client, openai.AsyncOpenAI):
+                await client.close()
+            elif client is not None:
+                client.close()
+
+    return asyncio.run(main())
+
+
+def send(client: Any, *bodies: bytes, extras: Extras = NO_EXTRAS) -> tuple[type[Transport], list[Reply]]:
+    """Send by a user's own client, which is closed at the end."""
+    return send_to(resolve(client=client, extras=extras), *bodies, client=client)
+
+
+def sent_by(
+    server: SimulatedServer, client: Any, extras: Extras = NO_EXTRAS
+) -> tuple[type[Transport], ReceivedRequest]:
+    """Send one request by a client; give the transport that was chosen, and what the server received."""
+    transport, replies = send(client, extras=extras)
+    assert [reply.status for reply in replies] == [200]
+    (request,) = server.requests()
+    return transport, request
+
+
+# ---- a plain client takes the fast way
+
+
+@pytest.mark.parametrize("kind", [openai.AsyncOpenAI, openai.OpenAI])
+def test_a_plain_client_takes_the_fast_way_on_this_version_of_the_sdk(kind: Any) -> None:
+    assert is_plain(kind(api_key=KEY, base_url="http://127.0.0.1:9/v1"))
+
+
+@pytest.mark.parametrize("kind", [openai.AsyncOpenAI, openai.OpenAI])
+def test_a_plain_clients_url_key_and_headers_arrive(server: SimulatedServer, kind: Any) -> None:
+    client = kind(
+        api_key=KEY, base_url=server.base_url, organization="org-a", project="proj-b", default_headers={"X-Team": "c"}
+    )
+    transport, request = sent_by(server, client)
+    assert transport is AiohttpTransport
+    assert (request.method, request.target) == ("POST", "/v1/chat/completions")
+    sent = request.headers
+    assert sent["authorization"] == f"Bearer {KEY}"
+    assert (sent["openai-organization"], sent["openai-project"], sent["x-team"]) == ("org-a", "proj-b", "c")
+    assert sent["content-type"] == "application/json"
+    assert sent["user-agent"] == client.default_headers["User-Agent"]
+    assert request.body == orjson.loads(body_of())
+
+
+def test_the_fast_way_sends_the_headers_that_the_sdk_would(server: SimulatedServer) -> None:
+    client = openai.AsyncOpenAI(api_key=KEY, base_url=server.base_url, default_headers={"x-team": "c"})
+    _, fast = sent_by(server, client)
+    server.reset()
+    _, slow = sent_by(server, client.with_options(http_client=openai.DefaultAsyncHttpxClient()))
+    of_the_transport = {"accept-encoding", "connection", "host", "content-length"}
+    of_the_sdks_retries = {"x-stainless-retry-count", "x-stainless-read-timeout"}
+    assert {**fast.headers, "x-stainless-async": ""}.keys() - of_the_transport == (
+        slow.headers.keys() - of_the_transport - of_the_sdks_retries
+    )
+
+
+def test_the_environments_url_and_key_arrive(server: SimulatedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-a")
+    _, [reply] = send_to(resolve())
+    (request,) = server.requests()
+    assert reply.status == 200
+    assert request.headers["authorization"] == f"Bearer {KEY}"
+    assert request.headers["openai-organization"] == "org-a"
+
+
+@pytest.mark.parametrize("kind", [openai.AsyncOpenAI, openai.OpenAI])
+@pytest.mark.parametrize("name", ["User-Agent", "user-agent", "Accept"])
+def test_a_header_that_the_owner_took_out_is_not_sent(server: SimulatedServer, kind: Any, name: str) -> None:
+    client = kind(api_key=KEY, base_url=server.base_url, default_headers={name: openai.Omit()})
+    transport, request = sent_by(server, client)
+    assert transport is AiohttpTransport
+    assert name.lower() not in request.headers
+
+
+def test_a_default_header_replaces_the_sdks_own_in_any_case(server: SimulatedServer) -> None:
+    client = openai.AsyncOpenAI(
+        api_key=KEY, base_url=server.base_url, default_headers={"authorization": "Bearer other", "USER-AGENT": "me"}
+    )
+    _, request = sent_by(server, client)
+    assert request.headers["authorization"] == "Bearer other"
+    assert request.headers["user-agent"] == "me"
+
+
+def test_with_options_is_honoured_on_the_fast_way(server: SimulatedServer) -> None:
+    client = openai.AsyncOpenAI(api_key="sk-another", base_url="http://127.0.0.1:9/v1")
+    changed = client.with_options(api_key=KEY, base_url=server.base_url, default_headers={"X-Team": "c"})
+    transport, request = sent_by(server, changed)
+    assert transport is AiohttpTransport
+    assert request.headers["authorization"] == f"Bearer {KEY}"
+    assert request.headers["x-team"] == "c"
+
+
+CLIENTS = {
+    "plain": lambda url: openai.AsyncOpenAI(api_key=KEY, base_url=url),
+    "own http_client": lambda url: openai.AsyncOpenAI(api_key=KEY, base_url=url, http_client=httpx2.AsyncClient()),
+    "sync, own http_client": lambda url: openai.OpenAI(api_key=KEY, base_url=url, http_client=httpx2.Client()),
+}
+WAYS = {"plain": AiohttpTransport, "own http_client": SdkTransport, "sync, own http_client": ThreadTransport}
+
+
+@pytest.fixture(params=CLIENTS)
+def way(request: pytest.FixtureRequest) -> str:
+    """Each of the three ways to send."""
+    return str(request.param)
+
+
+def test_each_kind_of_client_takes_its_way(server: SimulatedServer, way: str) -> None:
+    transport, request = sent_by(server, CLIENTS[way](server.base_url))
+    assert transport is WAYS[way]
+    assert request.headers["authorization"] == f"Bearer {KEY}"
+    assert request.body == orjson.loads(body_of())
+
+
+def test_extra_headers_and_query_arrive_on_every_way(server: SimulatedServer, way: str) -> None:
+    extras = Extras((("X-Trace", "42"), ("user-agent", "me")), (("tier", "batch"), ("q", "a b&c")))
+    _, request = sent_by(server, CLIENTS[way](server.base_url), extras)
+    assert request.headers["x-trace"] == "42"
+    assert request.headers["user-agent"] == "me"
+    path, _, query = request.target.partition("?")
+    assert path == "/v1/chat/completions"
+    assert httpx2.QueryParams(query) == httpx2.QueryParams({"tier": "batch", "q": "a b&c"})
+
+
+def test_no_way_tries_again_by_itself(server: SimulatedServer, way: str) -> None:
+    server.reset(status_all=500)
+    client = CLIENTS[way](server.base_url).with_options(max_retries=5)
+    _, [reply] = send(client)
+    assert reply.status == 500
+    assert server.stats().received == 1
+
+
+def test_a_reply_of_any_status_comes_back_whole(server: SimulatedServer, way: str) -> None:
+    _, replies = send(
+        CLIENTS[way](server.base_url),
+        *(body_of(f"[[status={status}]]") for status in (400, 404, 429, 503)),
+    )
+    assert [reply.status for reply in replies] == [400, 404, 429, 503]
+    assert all("error" in orjson.loads(reply.body) for reply in replies)
+    assert all(reply.headers.get("x-request-id") for reply in replies)
+
+
+def test_a_redirect_to_another_host_is_not_followed(server: SimulatedServer, way: str) -> None:
+    elsewhere = f"http://localhost:{server.port}/v1/chat/completions"
+    server.reset(error_headers={"location": elsewhere})
+    client = CLIENTS[way](server.base_url)
+    if way == "own http_client":
+        client = client.with_options(http_client=httpx2.AsyncClient(follow_redirects=True))
+    _, replies = send(client, *(body_of(f"[[status={status}]]") for status in (302, 307, 308)))
+    assert [reply.status for reply in replies] == [302, 307, 308]
+    assert {request.headers["host"] for request in server.requests()} == {f"127.0.0.1:{server.port}"}
+
+
+def test_a_refused_connection_is_told_from_a_lost_one(server: SimulatedServer, way: str) -> None:
+    with pytest.raises(Unreachable) as refused:
+        send(CLIENTS[way]("http://127.0.0.1:9/v1"))
+    assert not isinstance(refused.value, Lost)
+    assert refused.value.kind == "connection"
+    for fault in ("reset", "truncated_body"):
+        server.reset(**{f"p_{fault}": 1.0})
+        with pytest.raises(Lost):
+            send(CLIENTS[way](server.base_url))
+
+
+def test_a_clients_own_timeout_holds(server: SimulatedServer, way: str) -> None:
+    client = CLIENTS[way](server.base_url).with_options(timeout=0.2)
+    with pytest.raises(Unreachable) as caught:
+        send(client, body_of("[[hang_first=9]]"))
+    assert caught.value.kind == "timeout"
+
+
+def test_no_reply_holds_the_key_that_the_server_quotes(server: SimulatedServer, way: str) -> None:
+    server.reset(valid_models=["another"])
+    _, replies = send(
+        CLIENTS[way](server.base_url),
+        orjson.dumps({"model": KEY, "messages": [{"role": "user", "content": "a"}]}),
+        orjson.dumps({"model": "another-secret", "messages": [{"role": "user", "content": "a"}]}),
+        extras=Extras((("X-Api-Key", "another-secret"),)),
+    )
+    for reply in replies:
+        assert reply.status == 404
+        assert b"The model `***` does not exist" in reply.body
+
+
+def test_an_endpoints_repr_shows_no_key(way: str) -> None:
+    assert KEY not in repr(resolve(client=CLIENTS[way]("http://127.0.0.1:9/v1")))
+
+
+def test_endpoints_share_a_line_only_where_all_that_is_sent_is_the_same() -> None:
+    url = "http://127.0.0.1:9/v1"
+
+    def key(**client: Any) -> object:
+        return resolve(client=openai.AsyncOpenAI(**{"api_key": KEY, "base_url": url, **client})).key
+
+    assert key() == key()
+    different = [
+        key(),
+        key(api_key="sk-other"),
+        key(base_url=url + "/x"),
+        key(default_headers={"a": "b"}),
+        key(timeout=3),
+    ]
+    assert len(set(different)) == len(different)
+    own = [openai.AsyncOpenAI(api_key=KEY, base_url=url, http_client=httpx2.AsyncClient()) for _ in range(2)]
+    assert resolve(client=own[0]).key == resolve(client=own[0]).key != resolve(client=own[1]).key
+
+
+# ---- clients with more to them
+
+
+def test_an_async_key_provider_is_asked_for_every_request(server: SimulatedServer) -> None:
+    keys = iter(["sk-first-key", "sk-second-key"])
+
+    async def next_key() -> str:
+        return next(keys)
+
+    client = openai.AsyncOpenAI(api_key=next_key, base_url=server.base_url)
+    transport, _ = send(client, body_of("a"), body_of("b"))
+    assert transport is SdkTransport
+    sent = [request.headers["authorization"] for request in server.requests()]
+    assert sent == ["Bearer sk-first-key", "Bearer sk-second-key"]
+
+
+def test_a_sync_key_provider_is_asked_for_every_request(server: SimulatedServer) -> None:
+    keys = iter(["sk-first-key", "sk-second-key"])
+    client = openai.OpenAI(api_key=lambda: next(keys), base_url=server.base_url)
+    transport, _ = send(client, body_of("a"), body_of("b"))
+    assert transport is ThreadTransport
+    sent = [request.headers["authorization"] for request in server.requests()]
+    assert sent == ["Bearer sk-first-key", "Bearer sk-second-key"]
+
+
+def test_a_refreshed_key_that_the_server_quotes_is_not_shown(server: SimulatedServer) -> None:
+    server.reset(valid_models=["another"])
+
+    async def fresh() -> str:
+        return KEY
+
+    client = openai.AsyncOpenAI(api_key=fresh, base_url=server.base_url)
+    _, [reply] = send(client, orjson.dumps({"model": KEY, "messages": [{"role": "user", "content": "a"}]}))
+    assert KEY.encode() not in reply.body
+    assert reply.status == 404
+
+
+@pytest.mark.parametrize("kind", [openai.AsyncOpenAI, openai.OpenAI])
+def test_a_key_provider_that_fails_is_an_error_of_the_endpoint(kind: Any) -> None:
+    def broken() -> str:
+        raise OSError("the vault is closed")
+
+    async def broken_too() -> str:
+        return broken()
+
+    client = kind(api_key=broken if kind is openai.OpenAI else broken_too, base_url="http://127.0.0.1:9/v1")
+    with pytest.raises(EndpointError, match=r"OSError: the vault is closed; mend client="):
+        send(client)
+
+
+def test_azure_sends_to_the_deployment_with_its_key(server: SimulatedServer) -> None:
+    client = openai.AsyncAzureOpenAI(
+        azure_endpoint=f"http://127.0.0.1:{server.port}", api_key=KEY, api_version="2024-10-21"
+    )
+    transport, request = sent_by(server, client)
+    assert transport is SdkTransport
+    assert request.target == "/openai/deployments/m/chat/completions?api-version=2024-10-21"
+    assert request.headers["api-key"] == KEY
+
+
+def test_azure_sends_its_directory_token(server: SimulatedServer) -> None:
+    async def token() -> str:
+        return "a-directory-token"
+
+    client = openai.AsyncAzureOpenAI(
+        azure_endpoint=f"http://127.0.0.1:{server.port}", azure_ad_token_provider=token, api_version="2024-10-21"
+    )
+    _, request = sent_by(server, client)
+    assert request.headers["authorization"] == "Bearer a-directory-token"
+
+
+def test_a_sync_azure_client_sends_to_the_deployment(server: SimulatedServer) -> None:
+    client = openai.AzureOpenAI(azure_endpoint=f"http://127.0.0.1:{server.port}", api_key=KEY, api_version="2024-10-21")
+    transport, request = sent_by(server, client)
+    assert transport is ThreadTransport
+    assert request.target.startswith("/openai/deployments/m/chat/completions")
+
+
+def test_an_own_transports_hooks_headers_and_auth_hold(server: SimulatedServer) -> None:
+    seen: list[int] = []
+
+    async def stamp(request: httpx2.Request) -> None:
+        request.headers["x-stamped"] = "yes"
+
+    async def watch(response: httpx2.Response) -> None:
+        seen.append(response.status_code)
+
+    own = httpx2.AsyncClient(
+        event_hooks={"request": [stamp], "response": [watch]},
+        headers={"x-own": "1"},
+        auth=httpx2.BasicAuth("user", "password-of-no-worth"),
+    )
+    transport, request = sent_by(server, openai.AsyncOpenAI(api_key=KEY, base_url=server.base_url, http_client=own))
+    assert transport is SdkTransport
+    assert request.headers["x-stamped"] == "yes"
+    assert request.headers["x-own"] == "1"
+    assert request.headers["authorization"].startswith("Basic ")
+    assert seen == [200]
+
+
+def test_an_own_sync_transports_hooks_hold(server: SimulatedServer) -> None:
+    def stamp(request: httpx2.Request) -> None:
+        request.headers["x-stamped"] = "yes"
+
+    own = httpx2.Client(event_hooks={"request": [stamp]})
+    _, request = sent_by(server, openai.OpenAI(api_key=KEY, base_url=server.base_url, http_client=own))
+    assert request.headers["x-stamped"] == "yes"
+
+
+def test_hooks_added_to_a_plain_clients_transport_hold(server: SimulatedServer) -> None:
+    seen: list[str] = []
+
+    async def watch(request: httpx2.Request) -> None:
+        seen.append(str(request.url))
+
+    client = openai.AsyncOpenAI(api_key=KEY, base_url=server.base_url)
+    client._client.event_hooks["request"].append(watch)
+    assert not is_plain(client)
+
+
+def test_default_query_arrives(server: SimulatedServer) -> None:
+    client = openai.AsyncOpenAI(api_key=KEY, base_url=server.base_url, default_query={"api-version": "1"})
+    _, request = sent_by(server, client)
+    assert request.target == "/v1/chat/completions?api-version=1"
+
+
+def test_a_subclass_may_do_anything_and_is_sent_through_the_sdk(server: SimulatedServer) -> None:
+    class Signed(openai.AsyncOpenAI):
+        async def _prepare_request(self, request: httpx2.Request) -> None:
+            request.headers["x-signature"] = str(len(request.content))
+
+    transport, request = sent_by(server, Signed(api_key=KEY, base_url=server.base_url))
+    assert transport is SdkTransport
+    assert request.headers["x-signature"] == request.headers["content-length"]
+
+
+def test_a_users_own_transport_is_left_open(server: SimulatedServer, way: str) -> None:
+    async def main() -> None:
+        client = CLIENTS[way](server.base_url)
+        transport = resolve(client=client).open()
+        await transport.send(body_of())
+        await transport.close()
+        assert not client.is_closed()
+        closed = client.close()
+        if closed is not None:
+            await closed
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "client",
+    [
+        openai.AsyncOpenAI(api_key=KEY, http_client=httpx2.AsyncClient(limits=httpx2.Limits(max_connections=7))),
+        openai.OpenAI(api_key=KEY, http_client=httpx2.Client(limits=httpx2.Limits(max_connections=7))),
+    ],
+)
+def test_no_more_is_sent_at_once_than_the_users_own_pool_takes(client: Any) -> None:
+    assert resolve(client=client).open().most == 7
+
+
+def test_no_more_is_sent_at_once_than_the_process_may_open_files() -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def most() -> int:
+        transport = resolve(api_key=KEY).open()
+        await transport.close()
+        return transport.most
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (400, hard))
+    try:
+        assert asyncio.run(most()) == 300
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# ---- proxies and certificates
+
+
+@pytest.fixture
+def proxied(server: SimulatedServer, monkeypatch: pytest.MonkeyPatch) -> SimulatedServer:
+    """The simulated server as the proxy that the environment names."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{server.port}")
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.port}")
+    return server
+
+
+def test_the_environments_proxy_is_used(proxied: SimulatedServer) -> None:
+    transport, [reply] = send_to(resolve(base_url="http://far-away.invalid/v1", api_key=KEY))
+    assert transport is AiohttpTransport
+    assert reply.status == 200
+    (request,) = proxied.requests()
+    assert request.target == "http://far-away.invalid/v1/chat/completions"
+    assert request.headers["host"] == "far-away.invalid"
+
+
+def test_the_environments_proxy_is_used_by_azure_too(proxied: SimulatedServer) -> None:
+    client = openai.AsyncAzureOpenAI(azure_endpoint="http://far-away.invalid", api_key=KEY, api_version="2024-10-21")
+    _, request = sent_by(proxied, client)
+    assert request.target.startswith("http://far-away.invalid/openai/deployments/m/chat/completions")
+
+
+@pytest.mark.parametrize("exempt", ["127.0.0.1", "localhost, 127.0.0.1", "127.0.0.1:{port}", "*"])
+def test_no_proxy_is_respected(proxied: SimulatedServer, monkeypatch: pytest.MonkeyPatch, exempt: str) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, exempt.format(port=proxied.port))
+    send_to(resolve(base_url=proxied.base_url, api_key=KEY))
+    (request,) = proxied.requests()
+    assert request.target == "/v1/chat/completions"
+
+
+def test_a_proxy_that_is_not_there_is_no_connection(monkeypatch: pytest.MonkeyPatch, proxied: SimulatedServer) -> None:
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with pytest.raises(Unreachable, match=r"127\.0\.0\.1:9") as caught:
+        send_to(resolve(base_url="http://far-away.invalid/v1", api_key=KEY))
+    assert (caught.value.kind, type(caught.value)) == ("connection", Unreachable)
+
+
+# An authority and a certificate of its own for localhost, made for these tests; neither is worth anything elsewhere.
+AUTHORITY = """\
+-----BEGIN CERTIFICATE-----
+MIIBdjCCAR2gAwIBAgIBATAKBggqhkjOPQQDAjAiMSAwHgYDVQQDDBdsbG1mcmFt
+ZSB0ZXN0IGF1dGhvcml0eTAgFw0yNDAxMDEwMDAwMDBaGA8yMTIzMTIzMTAwMDAw
+MFowIjEgMB4GA1UEAwwXbGxtZnJhbWUgdGVzdCBhdXRob3JpdHkwWTATBgcqhkjO
+PQIBBggqhkjOPQMBBwNCAASWsS/Sfh1u7YE2O1FlMOOEbsNu+Wm26/jlQ5UFhcRk
+b/73IP7UVdxcV5ZRsjFVkIqqP1Mpo5v9DjjRdIv2AiUro0IwQDAPBgNVHRMBAf8E
+BTADAQH/MA4GA1UdDwEB/wQEAwIBBjAdBgNVHQ4EFgQUjwvaJGEWR/IDtxDyIMCY
+Rns0U+MwCgYIKoZIzj0EAwIDRwAwRAIgMZ8bEpYs+vXedFWYpqbqOGHxCrVmHB9d
+2bHwRu8lx2ICICVVfjGhQI/wSLj0W4AyM4/wvUEOef9VXpL/5LOytTUO
+-----END CERTIFICATE-----
+"""
+LOCALHOST = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgUmQvKdcFiUvIBlaY
+PZNj86cLr0YM1xH7KY73O574gzyhRANCAAT1/Ay/2MhKIo4hEfu7d/+4qjvyfSkd
+58USHmKWeWwY0erBKfB7jx1YR2ItPuX0s+SYggGqG9HUMT7BiLRQMq0L
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBujCCAWCgAwIBAgIBAjAKBggqhkjOPQQDAjAiMSAwHgYDVQQDDBdsbG1mcmFt
+ZSB0ZXN0IGF1dGhvcml0eTAgFw0yNDAxMDEwMDAwMDBaGA8yMTIzMTIzMTAwMDAw
+MFowFDESMBAGA1UEAwwJbG9jYWxob3N0MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcD
+QgAE9fwMv9jISiKOIRH7u3f/uKo78n0pHefFEh5ilnlsGNHqwSnwe48dWEdiLT7l
+9LPkmIIBqhvR1DE+wYi0UDKtC6OBkjCBjzAMBgNVHRMBAf8EAjAAMA4GA1UdDwEB
+/wQEAwIHgDATBgNVHSUEDDAKBggrBgEFBQcDATAdBgNVHQ4EFgQUKZWLYbCEZ7So
+2X2+eMFqpVeTTq4wHwYDVR0jBBgwFoAUjwvaJGEWR/IDtxDyIMCYRns0U+MwGgYD
+VR0RBBMwEYIJbG9jYWxob3N0hwR/AAABMAoGCCqGSM49BAMCA0gAMEUCIQDah8iQ
+JMHAP2fPHEZUoI3l9LUKQHa8qRaqU9FsiIjwYAIgCzmOOASlCY2pM+acNsWIhl7L
+qdp4JM22lDeDy8zQbag=
+-----END CERTIFICATE-----
+"""
+
+
+@asynccontextmanager
+async def tls_server(certificate: Path) -> AsyncIterator[str]:
+    """Serve one fixed JSON over TLS; gives the base URL."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+            await reader.readexactly(length)
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}")
+            await writer.drain()
+        except (asyncio.IncompleteReadError, OSError):
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=context)
+    async with server:
+        yield f"https://localhost:{server.sockets[0].getsockname()[1]}/v1"
+
+
+@pytest.fixture
+def certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory with the certificates, and no word of them in the environment."""
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    monkeypatch.delenv("SSL_CERT_DIR", raising=False)
+    (tmp_path / "authority.pem").write_text(AUTHORITY)
+    (tmp_path / "localhost.pem").write_text(LOCALHOST)
+    return tmp_path
+
+
+async def over_tls(certificates: Path, way: str) -> Reply:
+    async with tls_server(certificates / "localhost.pem") as base_url:
+        client = await asyncio.to_thread(CLIENTS[way], base_url)
+        transport = resolve(client=client).open()
+        try:
+            return await transport.send(body_of())
+        finally:
+            await transport.close()
+            if isinstance(client, openai.AsyncOpenAI):
+                await client.close()
+            else:
+                client.close()
+
+
+def test_a_certificate_that_nobody_vouches_for_is_told_as_such(certificates: Path, way: str) -> None:
+    with pytest.raises(Unreachable) as caught:
+        asyncio.run(over_tls(certificates, way))
+    assert caught.value.kind == "certificate"
+    assert "certificate" in caught.value.message.lower()
+
+
+def test_ssl_cert_file_vouches_for_it(certificates: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates / "authority.pem"))
+    reply = asyncio.run(over_tls(certificates, way))
+    assert (reply.status, reply.body) == (200, b"{}")
+
+
+# ---- what is refused before anything is sent
+
+
+def test_without_a_key_the_variable_and_the_local_model_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(ConfigurationError, match=r'OPENAI_API_KEY.*api_key=.*model="local" needs none'):
+        resolve()
+
+
+@pytest.mark.parametrize("base_url", ["localhost:8000/v1", "", "ftp://host/v1", "http://", 8000])
+def test_what_is_no_url_is_refused(base_url: Any) -> None:
+    with pytest.raises(ConfigurationError, match="is no URL; write it as in 'http://localhost:8000/v1'"):
+        resolve(base_url=base_url, api_key=KEY)
+
+
+def test_what_is_no_url_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", "localhost:8000")
+    with pytest.raises(ConfigurationError, match="is no URL"):
+        resolve()
+
+
+def test_what_is_no_client_is_refused() -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"client= is of type AsyncClient; it has to be an openai\.AsyncOpenAI"
+    ):
+        resolve(client=httpx2.AsyncClient())
+
+
+def test_a_client_and_the_pieces_of_one_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="not both"):
+        resolve(client=openai.AsyncOpenAI(api_key=KEY), base_url="http://127.0.0.1:9/v1")
+
+
+@pytest.mark.parametrize("key", [KEY + "\n", KEY + "\u2026"])
+def test_a_key_that_no_header_can_hold_is_refused_without_being_shown(key: str) -> None:
+    with pytest.raises(ConfigurationError, match="the header Authorization holds a character") as caught:
+        resolve(base_url="http://127.0.0.1:9/v1", api_key=key)
+    assert KEY not in str(caught.value)
+
+
+def test_a_url_is_shown_without_user_and_password() -> None:
+    client = openai.AsyncOpenAI(api_key=KEY, base_url="http://user:password@127.0.0.1:9/v1")
+    assert resolve(client=client).url == "http://127.0.0.1:9/v1/chat/completions"

@@ -1,0 +1,716 @@
+"""The engine against a real server: what is retried, what ends a row or the run, and what is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import orjson
+import pytest
+
+from llmframe import answers, engine, failures
+from llmframe.endpoint import resolve
+from llmframe.engine import ALIKE, Crew, Job, Policy, Tally
+from llmframe.errors import EndpointError
+from llmframe.lines import close_lines, line_to
+from llmframe.pacing import START, Caps
+from llmframe.results import Completion
+from tests.server import SimulatedServer, content_key
+
+SEQUENTIAL = Policy(Caps(max_concurrency=1))
+
+
+def body_of(text: str) -> bytes:
+    return orjson.dumps({"model": "m", "messages": [{"role": "user", "content": text}]})
+
+
+def key_of(text: str) -> str:
+    return content_key(orjson.loads(body_of(text)))
+
+
+def rows(count: int) -> list[str]:
+    return [f"row {number}" for number in range(count)]
+
+
+@dataclass
+class Ran:
+    """What a crew was given and did."""
+
+    texts: Sequence[str]
+    policy: Policy = field(default_factory=Policy)
+    base_url: str = ""
+    after: Callable[[int, Completion], None] | None = None
+    outcomes: dict[int, Completion] = field(default_factory=dict)
+    tally: Tally = field(default_factory=Tally)
+    made: int = 0
+
+    def requests(self) -> Iterator[tuple[int, bytes]]:
+        for number, text in enumerate(self.texts):
+            self.made += 1
+            yield number, body_of(text)
+
+    def deliver(self, number: int, completion: Completion) -> None:
+        assert number not in self.outcomes, "a request has one outcome"
+        self.outcomes[number] = completion
+        if self.after is not None:
+            self.after(number, completion)
+
+    async def run(self) -> None:
+        endpoint = resolve(base_url=self.base_url, api_key="sk-a-key-of-no-worth")
+        line = await line_to(endpoint, self.policy.caps)
+        crew = Crew(line, endpoint, self.requests(), read, self.deliver, self.policy, self.tally)
+        await crew.run()
+
+    @property
+    def statuses(self) -> list[str]:
+        return [self.outcomes[number].status for number in sorted(self.outcomes)]
+
+    @property
+    def attempts(self) -> int:
+        return sum(outcome.attempts for outcome in self.outcomes.values())
+
+
+def read(payload: object, *, latency_s: float, attempts: int, request_id: str | None) -> Completion | None:
+    assert isinstance(payload, dict)
+    return answers.read_chat(
+        payload, schema=None, price=None, latency_s=latency_s, attempts=attempts, request_id=request_id
+    )
+
+
+async def with_lines_closed(work: asyncio.Future[object] | object) -> None:
+    try:
+        await work  # type: ignore[misc]
+    finally:
+        await close_lines()
+
+
+def ask(server: SimulatedServer, texts: Sequence[str], policy: Policy | None = None) -> Ran:
+    """Ask for all of the texts, and wait."""
+    ran = Ran(texts, policy or Policy(), server.base_url)
+    asyncio.run(with_lines_closed(ran.run()))
+    return ran
+
+
+@asynccontextmanager
+async def asking(server: SimulatedServer, texts: Sequence[str], policy: Policy | None = None) -> AsyncIterator[Ran]:
+    """Ask, and do what the block says meanwhile; at its end the run is waited for."""
+    ran = Ran(texts, policy or Policy(), server.base_url)
+    task = asyncio.create_task(ran.run())
+    try:
+        yield ran
+        await task
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+        await close_lines()
+
+
+def received(server: SimulatedServer, text: str) -> int:
+    return sum(request.text == text for request in server.requests())
+
+
+@pytest.fixture
+def quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let retries follow within some hundredths of a second, where the waiting is not what is tested."""
+    monkeypatch.setattr(failures, "BACKOFF_BASE_S", 0.01)
+
+
+# ---- what is tried again
+
+
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504, 529])
+def test_a_status_that_may_pass_is_tried_again(server: SimulatedServer, status: int) -> None:
+    server.reset(status_all=status)
+
+    async def main() -> Ran:
+        async with asking(server, rows(3)) as ran:
+            await server.until(received=3)
+            server.change(status_all=None)
+        return ran
+
+    ran = asyncio.run(main())
+    assert ran.statuses == ["ok"] * 3
+    assert ran.attempts == server.stats().received
+    assert set(server.answered_by_content().values()) == {1}
+
+
+@pytest.mark.parametrize("fault", ["reset", "html", "bad_json", "truncated_body", "empty_choices", "error_in_200"])
+def test_a_reply_that_is_no_answer_is_tried_again(server: SimulatedServer, fault: str) -> None:
+    server.reset(**{f"p_{fault}": 1.0})
+
+    async def main() -> Ran:
+        async with asking(server, rows(3)) as ran:
+            await server.until(**{fault: 3})
+            server.change(**{f"p_{fault}": 0.0})
+        return ran
+
+    ran = asyncio.run(main())
+    assert ran.statuses == ["ok"] * 3
+    assert ran.attempts == server.stats().received
+    assert set(server.answered_by_content().values()) == {1}
+
+
+@pytest.mark.usefixtures("quick_backoff")
+def test_with_every_fault_at_once_each_row_is_answered_once(server: SimulatedServer) -> None:
+    faults = ("500", "503", "reset", "html", "bad_json", "truncated_body", "empty_choices", "error_in_200")
+    server.reset(latency_s=0.01, **{f"p_{fault}": 0.04 for fault in faults})
+    ran = ask(server, rows(300))
+    assert ran.statuses == ["ok"] * 300
+    assert list(server.answered_by_content().values()) == [1] * 300
+    assert ran.attempts == ran.tally.sent == server.stats().received
+    assert ran.tally.failures.total() == ran.tally.sent - 300
+
+
+@pytest.mark.usefixtures("quick_backoff")
+def test_the_attempts_of_an_answer_are_counted(server: SimulatedServer) -> None:
+    ran = ask(server, ["[[fail_first=2]] a", "b"])
+    assert [ran.outcomes[0].attempts, ran.outcomes[1].attempts] == [3, 1]
+
+
+@pytest.mark.usefixtures("quick_backoff")
+def test_latency_is_that_of_the_attempt_that_answered(server: SimulatedServer) -> None:
+    server.reset(latency_s=0.05)
+    ran = ask(server, ["[[fail_first=2]] a"])
+    assert ran.outcomes[0].latency_s == pytest.approx(0.05, abs=0.045)
+
+
+def test_x_should_retry_false_gives_up_what_would_be_tried_again(server: SimulatedServer) -> None:
+    server.reset(error_headers={"x-should-retry": "false"})
+    ran = ask(server, ["[[status=503]]", "fine"])
+    assert ran.statuses == ["failed", "ok"]
+    assert server.stats().received == 2
+
+
+def test_x_should_retry_true_tries_again_what_would_be_given_up(server: SimulatedServer) -> None:
+    server.reset(error_headers={"x-should-retry": "true"})
+    ran = ask(server, ["[[status=400]]", "fine"], Policy(max_attempts=2))
+    assert ran.statuses == ["failed", "ok"]
+    assert received(server, "[[status=400]]") == 2
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("unit", ["seconds", "ms", "date"])
+def test_retry_after_is_waited_out_in_full(server: SimulatedServer, unit: str, status: int) -> None:
+    server.reset(status_all=status, retry_after=unit, retry_after_s=0.4)
+
+    async def main() -> None:
+        async with asking(server, ["a"]):
+            await server.until(received=1)
+            server.change(status_all=None)
+
+    asyncio.run(main())
+    first, second = server.requests()
+    waited_s = second.received_s - first.received_s
+    assert 0.4 <= waited_s < 2.0  # a date has whole seconds
+
+
+def test_a_retry_after_beyond_patience_ends_the_run_and_says_until_when(server: SimulatedServer) -> None:
+    server.reset(status_all=429, retry_after="seconds", retry_after_s=7200)
+    until = time.strftime("%Y-%m-%d %H:", time.localtime(time.time() + 7200))
+    with pytest.raises(EndpointError, match=rf"at {until}.* in 7,200 s"):
+        ask(server, rows(500))
+    assert server.stats().received <= START
+
+
+# ---- what ends a row
+
+
+@pytest.mark.parametrize(
+    ("wish", "status"),
+    [
+        ("400", "failed"),
+        ("413", "failed"),
+        ("422", "failed"),
+        ("400:context_length_exceeded", "failed"),
+        ("400:content_filter", "filtered"),
+    ],
+)
+def test_a_request_that_cannot_succeed_ends_its_row_alone(server: SimulatedServer, wish: str, status: str) -> None:
+    ran = ask(server, ["before", f"[[status={wish}]]", "after"])
+    assert ran.statuses == ["ok", status, "ok"]
+    error = ran.outcomes[1].error
+    assert error is not None
+    assert f"HTTP {wish[:3]}" in error
+    assert server.stats().received == 3
+
+
+@pytest.mark.usefixtures("quick_backoff")
+def test_a_row_that_always_fails_is_asked_max_attempts_times(server: SimulatedServer) -> None:
+    texts = ["[[status=500]]", *rows(20)]
+    ran = ask(server, texts, Policy(max_attempts=3))
+    assert ran.statuses == ["failed"] + ["ok"] * 20
+    assert received(server, texts[0]) == 3
+    assert ran.outcomes[0] == Completion(
+        status="failed", error="HTTP 500: The simulated server was told to answer 500.", attempts=3
+    )
+
+
+@pytest.mark.usefixtures("quick_backoff")
+def test_rows_that_always_fail_are_not_taken_for_an_outage_when_only_they_are_left(server: SimulatedServer) -> None:
+    ran = ask(server, [*rows(20), "[[status=500]] a", "[[status=500]] b"], Policy(max_attempts=6))
+    assert ran.statuses == ["ok"] * 20 + ["failed"] * 2
+    assert [ran.outcomes[number].attempts for number in (20, 21)] == [6, 6]
+
+
+@pytest.mark.usefixtures("quick_backoff")
+def test_a_limit_that_others_use_up_takes_no_attempts(server: SimulatedServer) -> None:
+    server.reset(requests_per_min=6000, request_burst=10, retry_after="ms")
+    ran = ask(server, rows(80), Policy(max_attempts=2))
+    assert ran.statuses == ["ok"] * 80
+
+
+# ---- what ends the run
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "words"),
+    [
+        ({"require_key": "another"}, "api_key="),
+        ({"status_all": 402}, "billing"),
+        ({"status_all": 403}, "403"),
+        ({"status_all": 429, "error_code": "insufficient_quota"}, "quota"),
+        ({"valid_models": ["another"]}, "check model="),
+        ({"p_error_in_200": 1.0, "error_code": "insufficient_quota"}, "quota"),
+    ],
+    ids=["401", "402", "403", "insufficient_quota", "model_not_found", "quota in a 200"],
+)
+def test_what_no_row_can_mend_ends_the_run_at_once(
+    server: SimulatedServer, behaviour: dict[str, object], words: str
+) -> None:
+    server.reset(**behaviour)
+    with pytest.raises(EndpointError, match=words) as caught:
+        ask(server, rows(1000))
+    assert server.base_url + "/chat/completions" in str(caught.value)
+    assert server.stats().received <= START
+
+
+def test_a_base_url_without_v1_is_shown_as_built_and_hinted_at(server: SimulatedServer) -> None:
+    ran = Ran(rows(100), base_url=server.base_url.removesuffix("/v1"))
+    with pytest.raises(EndpointError, match="/v1") as caught:
+        asyncio.run(with_lines_closed(ran.run()))
+    assert f"http://127.0.0.1:{server.port}/chat/completions" in str(caught.value)
+
+
+def test_an_error_in_a_200_that_may_pass_is_tried_again(server: SimulatedServer) -> None:
+    server.reset(p_error_in_200=1.0, error_code="502")
+    ran = ask(server, rows(1), Policy(max_attempts=2))
+    assert ran.statuses == ["failed"]
+    assert server.stats().received == 2
+
+
+def test_the_same_refusal_of_the_first_rows_ends_the_run(server: SimulatedServer) -> None:
+    server.reset(status_all=422)
+    with pytest.raises(EndpointError, match=f"first {ALIKE} rows were all refused: HTTP 422"):
+        ask(server, rows(1000))
+    assert server.stats().received < 2 * START
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [f"[[status=422]] {number}" for number in range(ALIKE - 1)],
+        ["fine", *(f"[[status=422]] {number}" for number in range(ALIKE + 10))],
+        ["[[status=400]]", *(f"[[status=422]] {number}" for number in range(ALIKE + 10))],
+    ],
+    ids=["fewer rows", "an answer among them", "another status among them"],
+)
+def test_refusals_that_may_be_the_rows_own_end_only_the_rows(server: SimulatedServer, texts: list[str]) -> None:
+    ran = ask(server, texts, SEQUENTIAL)
+    assert ran.statuses == ["ok" if text == "fine" else "failed" for text in texts]
+
+
+def test_what_deliver_raises_stops_the_run_and_answers_in_flight_are_kept(server: SimulatedServer) -> None:
+    server.reset(latency_s=0.1)
+
+    def stop(number: int, completion: Completion) -> None:
+        if completion.status == "failed":
+            raise ValueError("stop here")
+
+    texts = ["[[status=400]]", *rows(1000)]
+    ran = Ran(texts, base_url=server.base_url, after=stop)
+    with pytest.raises(ValueError, match="stop here"):
+        asyncio.run(with_lines_closed(ran.run()))
+    stats = server.stats()
+    assert 0 < stats.answered == len(ran.outcomes) - 1
+    assert stats.received <= START
+
+
+# ---- concurrency
+
+
+def test_max_concurrency_1_asks_in_row_order_one_at_a_time(server: SimulatedServer) -> None:
+    server.reset(latency_s=0.002)
+    texts = rows(40)
+    ran = ask(server, texts, SEQUENTIAL)
+    assert ran.statuses == ["ok"] * 40
+    assert [request.text for request in server.requests()] == texts
+    assert server.stats().max_in_flight == 1
+
+
+@pytest.mark.parametrize("behaviour", [{}, {"retry_after": "ms", "retry_after_s": 0.05}], ids=["500", "Retry-After"])
+@pytest.mark.usefixtures("quick_backoff")
+def test_max_concurrency_1_keeps_row_order_through_retries(
+    server: SimulatedServer, behaviour: dict[str, object]
+) -> None:
+    server.reset(**behaviour, p_503=0.2, p_reset=0.1)
+    texts = ["a", "[[fail_first=2]] b", "c", "[[fail_first=1]] d", *rows(20)]
+    ran = ask(server, texts, SEQUENTIAL)
+    assert ran.statuses == ["ok"] * len(texts)
+    order = [request.text for request in server.requests() if request.outcome == "answered"]
+    assert order == texts
+    assert list(dict.fromkeys(request.text for request in server.requests())) == texts
+    assert server.stats().max_in_flight == 1
+
+
+@pytest.mark.usefixtures("quick_backoff")
+def test_max_concurrency_is_never_passed(server: SimulatedServer) -> None:
+    server.reset(latency_s=0.02, p_500=0.1, p_slow=0.05, slow_s=0.1)
+    ran = ask(server, rows(200), Policy(Caps(max_concurrency=5)))
+    assert ran.statuses == ["ok"] * 200
+    assert server.stats().max_in_flight == 5
+
+
+def test_max_concurrency_holds_across_runs_at_once(server: SimulatedServer) -> None:
+    server.reset(latency_s=0.02)
+    policy = Policy(Caps(max_concurrency=5))
+    both = [Ran([f"{name} {number}" for number in range(60)], policy, server.base_url) for name in "ab"]
+
+    async def main() -> None:
+        await asyncio.gather(*(ran.run() for ran in both))
+
+    asyncio.run(with_lines_closed(main()))
+    assert [ran.statuses for ran in both] == [["ok"] * 60] * 2
+    assert server.stats().max_in_flight == 5
+
+
+# ---- time
+
+
+def test_a_fixed_timeout_gives_an_attempt_up_and_asks_again(server: SimulatedServer) -> None:
+    ran = ask(server, ["[[hang_first=1]] a", "b"], Policy(timeout_s=0.3))
+    assert ran.statuses == ["ok", "ok"]
+    assert [ran.outcomes[0].attempts, ran.outcomes[1].attempts] == [2, 1]
+    assert ran.tally.failures["timeout"] == server.stats().failed["hang"] == 1
+
+
+@pytest.mark.usefixtures("quick_backoff")
+def test_a_row_that_always_hangs_fails_and_says_for_how_long(server: SimulatedServer) -> None:
+    ran = ask(server, ["[[hang_first=9]] a", "b"], Policy(max_attempts=2, timeout_s=0.2))
+    assert ran.statuses == ["failed", "ok"]
+    assert ran.outcomes[0].error is not None
+    assert ran.outcomes[0].error.startswith("no answer within 0.")
+
+
+def test_hung_requests_are_rescued_once_others_show_how_long_one_takes(server: SimulatedServer) -> None:
+    server.reset(latency_s=0.05)
+    texts = [*(f"[[hang_first=1]] {number}" for number in range(10)), *rows(100)]
+    began = time.monotonic()
+    ran = ask(server, texts)
+    assert ran.statuses == ["ok"] * 110
+    assert ran.tally.failures == {"timeout": 10}
+    assert 5.0 <= time.monotonic() - began < 10.0
+    assert list(server.answered_by_content().values()) == [1] * 110
+
+
+def test_slow_answers_are_never_cut_off(server: SimulatedServer) -> None:
+    server.reset(latency_s=0.05, p_slow=0.01, slow_s=2.0)
+    ran = ask(server, rows(1000))
+    assert ran.statuses == ["ok"] * 1000
+    stats = server.stats()
+    assert (stats.received, stats.answered, stats.abandoned) == (1000, 1000, 0)
+
+
+# ---- outages
+
+
+def test_an_outage_fails_no_row_and_is_met_with_few_requests(server: SimulatedServer) -> None:
+    server.reset(latency_s=0.05, slots=32, schedule=[(1.0, {"status_all": 503}), (3.0, {"status_all": None})])
+    ran = ask(server, rows(1500))
+    assert ran.statuses == ["ok"] * 1500
+    assert set(server.answered_by_content().values()) == {1}
+    course = server.stats().received_course
+    assert sum(course[10:30]) < 100 + START
+    assert server.stats().failed["503"] < 100 + START
+
+
+def test_a_server_that_is_killed_and_comes_back_loses_no_row(server: SimulatedServer) -> None:
+    server.reset(latency_s=0.05)
+
+    async def main() -> Ran:
+        async with asking(server, rows(1500)) as ran:
+            await server.until(answered=300)
+            server.kill()
+            await asyncio.to_thread(server.start)
+        return ran
+
+    ran = asyncio.run(main())
+    assert ran.statuses == ["ok"] * 1500
+    assert ran.tally.failures.total() > 0
+
+
+def test_an_outage_at_the_end_of_one_run_is_not_held_against_the_next(
+    server: SimulatedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "FIRST_PATIENCE_S", 0.6)
+    server.reset(status_all=503)
+
+    async def main() -> Ran:
+        with pytest.raises(EndpointError, match="no answer from"):
+            await Ran(rows(100), base_url=server.base_url).run()
+        server.reset(latency_s=0.3)  # longer than a tick, so that patience is looked at before the first answer
+        ran = Ran(rows(10), base_url=server.base_url)
+        await ran.run()
+        return ran
+
+    ran_again: list[Ran] = []
+
+    async def both() -> None:
+        ran_again.append(await main())
+
+    asyncio.run(with_lines_closed(both()))
+    assert ran_again[0].statuses == ["ok"] * 10
+
+
+def test_one_lost_connection_is_no_outage_while_slow_requests_are_at_work(
+    server: SimulatedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "FIRST_PATIENCE_S", 0.2)
+    server.reset(latency_s=0.8)
+
+    async def main() -> Ran:
+        async with asking(server, ["a"]) as ran:
+            await server.until(in_flight=1)
+            server.reset(latency_s=0.8)  # which closes the connections
+        return ran
+
+    assert asyncio.run(main()).statuses == ["ok"]
+
+
+@dataclass
+class Unanswered:
+    """How a run went that nobody ever answered."""
+
+    error: EndpointError
+    seconds: float
+    url: str
+
+
+@pytest.fixture(scope="module")
+def unanswered() -> dict[str, Unanswered]:
+    """Runs to endpoints that are not there, all at the same time, since each of them takes its patience."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        refusing = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+
+    async def one(base_url: str, count: int) -> Unanswered:
+        began = time.monotonic()
+        with pytest.raises(EndpointError) as caught:
+            await Ran(rows(count), base_url=base_url).run()
+        return Unanswered(caught.value, time.monotonic() - began, base_url + "/chat/completions")
+
+    async def all_of_them() -> dict[str, Unanswered]:
+        try:
+            lone, many, nowhere = await asyncio.gather(
+                one(refusing.replace("127.0.0.1", "localhost"), 1),
+                one(refusing, 1000),
+                one("http://no-such-host.invalid/v1", 5),
+            )
+        finally:
+            await close_lines()
+        return {"one row": lone, "1,000 rows": many, "no such host": nowhere}
+
+    return asyncio.run(all_of_them())
+
+
+@pytest.mark.parametrize("case", ["one row", "1,000 rows", "no such host"])
+def test_an_endpoint_that_is_not_there_is_said_within_15_s_with_what_to_check(
+    unanswered: dict[str, Unanswered], case: str
+) -> None:
+    result = unanswered[case]
+    assert result.seconds < 15
+    for words in (result.url, "base_url=", "the server runs", "network"):
+        assert words in str(result.error)
+    assert str(result.error).count("no reply") == 1
+
+
+# ---- memory, and what is left behind
+
+
+def test_rows_that_wait_are_neither_tasks_nor_bodies(server: SimulatedServer) -> None:
+    server.reset(latency_s=0.02)
+    gc.collect()
+    seen: list[int] = []
+
+    def look(number: int, completion: Completion) -> None:
+        if len(ran.outcomes) == 500:
+            jobs = sum(type(one) is Job for one in gc.get_objects())
+            seen.extend([len(asyncio.all_tasks()), jobs, ran.made - len(ran.outcomes)])
+            raise ValueError("enough")
+
+    ran = Ran(rows(20_000), base_url=server.base_url, after=look)
+    with pytest.raises(ValueError, match="enough"):
+        asyncio.run(with_lines_closed(ran.run()))
+    assert max(seen) < 500
+
+
+def test_rows_do_not_pile_up_during_an_outage(server: SimulatedServer) -> None:
+    server.reset(latency_s=0.02)
+
+    async def main() -> int:
+        async with asking(server, rows(20_000)) as ran:
+            await server.until(answered=500)
+            server.change(status_all=503)
+            before = ran.made
+            at = server.stats().failed["503"]
+            await server.until(**{"503": at + 3}, timeout_s=10)
+            while ran.tally.failures.total() < at + 3:
+                await asyncio.sleep(0)
+            waiting = ran.made - before
+            raise Enough(waiting)
+
+    with pytest.raises(Enough) as caught:
+        asyncio.run(main())
+    assert caught.value.args[0] < 4 * server.stats().max_in_flight
+
+
+class Enough(Exception):
+    """Ends a test's run."""
+
+
+async def nothing_is_left(server: SimulatedServer, ending: Callable[[Ran, asyncio.Task[None]], object]) -> Ran:
+    """Run, let it end as `ending` does it, and look at what is left."""
+    loop = asyncio.get_running_loop()
+    ran = Ran(rows(5000), base_url=server.base_url)
+    task = asyncio.create_task(ran.run())
+    await server.until(received=50)
+    ending(ran, task)
+    await asyncio.wait({task})
+    with pytest.raises((EndpointError, asyncio.CancelledError)):
+        task.result()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    assert ran.tally.in_flight == 0
+    await close_lines()
+    await server.until(open_connections=0)
+    assert not [timer for timer in loop._scheduled if not timer.cancelled()]  # type: ignore[attr-defined]
+    return ran
+
+
+def test_a_run_that_ended_by_an_error_leaves_no_task_timer_or_socket(server: SimulatedServer) -> None:
+    server.reset(latency_s=0.05, p_500=0.2)
+    asyncio.run(nothing_is_left(server, lambda ran, task: server.change(status_all=401)))
+
+
+def test_an_interrupted_run_keeps_what_is_answered_within_the_grace_and_leaves_nothing(server: SimulatedServer) -> None:
+    server.reset(latency_s=0.3)
+    ran = asyncio.run(nothing_is_left(server, lambda ran, task: task.cancel()))
+    assert len(ran.outcomes) == server.stats().answered > 0
+    assert server.stats().abandoned == 0
+
+
+def test_an_interrupt_waits_for_no_answer_longer_than_the_grace(server: SimulatedServer) -> None:
+    server.reset(latency_s=30)
+    began = time.monotonic()
+    asyncio.run(nothing_is_left(server, lambda ran, task: task.cancel()))
+    assert engine.GRACE_S <= time.monotonic() - began < engine.GRACE_S + 1.5
+
+
+def test_a_second_interrupt_does_not_wait(server: SimulatedServer) -> None:
+    server.reset(latency_s=30)
+
+    def twice(ran: Ran, task: asyncio.Task[None]) -> None:
+        task.cancel()
+        asyncio.get_running_loop().call_later(0.05, task.cancel)
+
+    began = time.monotonic()
+    asyncio.run(nothing_is_left(server, twice))
+    assert time.monotonic() - began < engine.GRACE_S
+
+
+@pytest.mark.parametrize("policy", [Policy(), SEQUENTIAL], ids=["many in flight", "sequential"])
+def test_an_interrupt_while_a_retry_after_is_waited_out_returns_at_once(
+    server: SimulatedServer, policy: Policy
+) -> None:
+    server.reset(status_all=429, retry_after="seconds", retry_after_s=60)
+
+    async def main() -> float:
+        ran = Ran(rows(100), policy, server.base_url)
+        task = asyncio.create_task(ran.run())
+        await server.until(refused=1)
+        while not ran.tally.failures:
+            await asyncio.sleep(0)
+        began = time.monotonic()
+        task.cancel()
+        await asyncio.wait({task})
+        await close_lines()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        return time.monotonic() - began
+
+    assert asyncio.run(main()) < engine.GRACE_S
+
+
+def test_a_fault_of_ours_stops_the_run_and_gives_its_place_back(server: SimulatedServer) -> None:
+    def broken(payload: object, *, latency_s: float, attempts: int, request_id: str | None) -> Completion | None:
+        raise RuntimeError("a bug")
+
+    async def main() -> None:
+        endpoint = resolve(base_url=server.base_url)
+        line = await line_to(endpoint, Caps())
+        requests = ((number, body_of(text)) for number, text in enumerate(rows(100)))
+        crew = Crew(line, endpoint, requests, broken, lambda number, completion: None, Policy(), Tally())
+        with pytest.raises(RuntimeError, match="a bug"):
+            await crew.run()
+        assert line.pacer.in_flight == 0
+
+    asyncio.run(with_lines_closed(main()))
+
+
+def test_no_requests_at_all_is_a_run_too(server: SimulatedServer) -> None:
+    assert ask(server, []).outcomes == {}
+    assert server.stats().received == 0
+
+
+@pytest.mark.usefixtures("quick_backoff")
+def test_every_request_gets_its_own_answer(server: SimulatedServer) -> None:
+    server.reset(latency_s=0.005, latency_sigma=1.0, p_500=0.1)
+    texts = rows(300)
+    ran = ask(server, texts)
+    assert [ran.outcomes[number].text for number in range(300)] == [f"echo: {text}" for text in texts]
+
+
+def test_a_key_that_the_server_quotes_is_in_no_message(server: SimulatedServer) -> None:
+    key = "sk-a-key-of-no-worth"
+    server.reset(valid_models=["another"])
+
+    async def main() -> None:
+        endpoint = resolve(base_url=server.base_url, api_key=key)
+        line = await line_to(endpoint, Caps())
+        named = orjson.dumps({"model": key, "messages": [{"role": "user", "content": "a"}]})
+        crew = Crew(line, endpoint, iter([(0, named)]), read, lambda number, completion: None, Policy(), Tally())
+        with pytest.raises(EndpointError, match=r"The model `\*\*\*` does not exist") as caught:
+            await crew.run()
+        assert key not in str(caught.value)
+
+    asyncio.run(with_lines_closed(main()))
+
+
+def test_a_key_that_the_server_quotes_is_in_no_rows_error(server: SimulatedServer) -> None:
+    key = "sk-a-key-of-no-worth"
+    delivered: list[Completion] = []
+
+    async def main() -> None:
+        endpoint = resolve(base_url=server.base_url, api_key=key)
+        line = await line_to(endpoint, Caps())
+        quoted = orjson.dumps({"model": "m", "messages": [{"role": key, "content": "a"}]})
+        crew = Crew(
+            line, endpoint, iter([(0, quoted)]), read, lambda number, one: delivered.append(one), Policy(), Tally()
+        )
+        await crew.run()
+
+    asyncio.run(with_lines_closed(main()))
+    assert delivered[0].status == "failed"
+    assert delivered[0].error is not None
+    assert "Invalid value: '***'" in delivered[0].error

@@ -1,0 +1,118 @@
+"""The package as a whole: what is public, which way its imports point, what its pages say."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from importlib.metadata import metadata
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import llmframe
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(llmframe.__file__).parent
+README = (ROOT / "README.md").read_text()
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules of the package that a module imports when it is imported, those for types alone left out."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        node for block in ast.walk(tree) if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.dump(block.test)
+        for node in ast.walk(block)
+    }
+    found: set[str] = set()
+    for node in tree.body:
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module == "llmframe":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llmframe."):
+            found.add((node.module or "").split(".")[1])
+    return found - {"__init__"}
+
+
+def test_what_is_public_is_pinned() -> None:
+    assert sorted(llmframe.__all__) == [
+        "BudgetExceeded",
+        "CheckpointError",
+        "Completion",
+        "ConfigurationError",
+        "EndpointError",
+        "Interrupted",
+        "LLMFrame",
+        "LLMFrameError",
+        "LLMFrameWarning",
+        "LLMSeries",
+        "RowFailed",
+        "Run",
+        "SchemaError",
+        "TemplateError",
+        "Usage",
+        "acomplete",
+        "complete",
+        "configure",
+        "last_run",
+        "local",
+        "read_checkpoint",
+    ]
+
+
+def test_imports_point_one_way() -> None:
+    arrows = {path.stem: imports_of(path) for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+    done: set[str] = set()
+    while left := arrows.keys() - done:
+        free = {module for module in left if arrows[module] <= done}
+        assert free, f"a circle among {sorted(left)}"
+        done |= free
+
+
+def test_every_module_says_what_it_is_for_in_its_first_line() -> None:
+    for path in PACKAGE.glob("*.py"):
+        docstring = ast.get_docstring(ast.parse(path.read_text()))
+        assert docstring, path.name
+        assert docstring.splitlines()[0].endswith((".", ":")) or len(docstring.splitlines()) > 1, path.name
+
+
+def test_importing_it_says_nothing_and_patches_no_loop() -> None:
+    code = "import asyncio, llmframe, sys; assert 'nest_asyncio' not in sys.modules; print(asyncio.run.__module__)"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("asyncio.runners\n", "")
+
+
+def test_every_frame_and_series_has_the_accessor() -> None:
+    assert isinstance(pd.DataFrame().llm, llmframe.LLMFrame)
+    assert isinstance(pd.Series(["a"]).llm, llmframe.LLMSeries)
+
+
+def test_the_package_is_typed_and_says_its_licence() -> None:
+    assert (PACKAGE / "py.typed").exists()
+    assert metadata("llmframe-pandas")["License-Expression"] == "MIT"
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    command = "python -m pip install -c constraints.txt -e '.[dev]' && python -m pytest"
+    assert command in README
+    assert command.replace("pip install", "pip install -q") in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_readme_starts_with_the_main_job() -> None:
+    commands = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+    assert commands[0] == "python -m pip install '.[local]' && llmframe demo\n"
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)\)", README))
+def test_the_readmes_links_lead_somewhere(link: str) -> None:
+    if not (ROOT / "LICENSE").exists():
+        pytest.skip("the suite runs away from its clone")
+    assert (ROOT / link).exists()
+
+
+def test_the_python_of_the_readme_is_python() -> None:
+    for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
+        ast.parse(block)
