@@ -11,7 +11,7 @@ import pandas as pd
 
 from llmframe import runner
 from llmframe.errors import ConfigurationError
-from llmframe.options import Options, call_options, gather, takes_options
+from llmframe.options import Options, call_options, gather, method_takes_options
 from llmframe.planning import select
 from llmframe.prompts import Missing, Prompt, Prompts
 from llmframe.results import typed
@@ -24,7 +24,7 @@ class LLMFrame:
     def __init__(self, frame: pd.DataFrame) -> None:
         self._frame = frame
 
-    @takes_options(call_options)
+    @method_takes_options(call_options)
     def complete(self, prompt: Prompt, **keywords: Any) -> pd.DataFrame:
         """Ask a model once for each row, and give the frame with the answers as new columns.
 
@@ -102,7 +102,7 @@ class LLMFrame:
         """
         return runner.complete(*self._call(prompt, keywords)).frame()
 
-    @takes_options(call_options)
+    @method_takes_options(call_options)
     async def acomplete(self, prompt: Prompt, **keywords: Any) -> pd.DataFrame:
         """Do as `complete` does, for a caller that has an event loop.
 
@@ -117,7 +117,7 @@ class LLMFrame:
         state = await runner.acomplete(*self._call(prompt, keywords))
         return state.frame()
 
-    @takes_options(call_options)
+    @method_takes_options(call_options)
     def messages(self, prompt: Prompt, **keywords: Any) -> pd.Series[Any]:
         """Give the messages that each row would send; nothing is sent.
 
@@ -151,7 +151,7 @@ class LLMSeries:
     def __init__(self, series: pd.Series[Any]) -> None:
         self._series = series
 
-    @takes_options(call_options)
+    @method_takes_options(call_options)
     def complete(self, prompt: str, **keywords: Any) -> pd.Series[Any]:
         """Ask a model once for each value, and give the answers alone.
 

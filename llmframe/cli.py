@@ -22,6 +22,7 @@ OK, WRONG_USE, ROWS_LEFT, STOPPED = 0, 2, 3, 4
 
 QUESTION = "Is this review positive or negative?\n\n{review}"
 LABELS = ["positive", "negative"]
+OUTPUT = "sentiment"
 SCORE = "human_score"  # -4, the most negative, to 4
 CLEAR = 1.5  # points of the score away from 0; nearer than that, people disagree too
 
@@ -72,15 +73,22 @@ def _count(text: str) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> Run:
+    if not arguments.out.parent.is_dir():
+        raise ConfigurationError(
+            f"{arguments.out} cannot be written: there is no {arguments.out.parent}; make it first"
+        )
     reviews = _read(arguments.data).head(arguments.rows)
     labelled = LLMFrame(reviews).complete(
-        QUESTION, schema=LABELS, model=arguments.model, checkpoint=arguments.checkpoint, temperature=0
+        QUESTION, schema=LABELS, output=OUTPUT, model=arguments.model, checkpoint=arguments.checkpoint, temperature=0
     )
     run = last_run()
-    _write(labelled, arguments.out)
-    shown = [name for name in ("review", SCORE, "response", "response_status", "response_error") if name in labelled]
+    try:
+        labelled.to_parquet(arguments.out)
+    except OSError as error:
+        raise ConfigurationError(f"{arguments.out} cannot be written ({error}); name another with --out") from error
+    shown = [name for name in ("review", SCORE, OUTPUT, f"{OUTPUT}_status", f"{OUTPUT}_error") if name in labelled]
     if run.counts.keys() == {"ok"}:
-        shown.remove("response_error")
+        shown.remove(f"{OUTPUT}_error")
     print(labelled[shown].head().to_string(max_colwidth=60))
     print()
     print(_cost(run, len(labelled), arguments.checkpoint))
@@ -101,13 +109,6 @@ def _read(path: Path) -> pd.DataFrame:
         raise ConfigurationError(f"{path} cannot be read as parquet ({error}); name another with --data") from error
 
 
-def _write(frame: pd.DataFrame, path: Path) -> None:
-    try:
-        frame.to_parquet(path)
-    except OSError as error:
-        raise ConfigurationError(f"{path} cannot be written ({error}); name another with --out") from error
-
-
 def _cost(run: Run, rows: int, checkpoint: str) -> str:
     if not run.requests:
         return f"all {rows} rows were answered from {checkpoint} in {run.seconds:.1f} s; nothing was asked"
@@ -123,7 +124,7 @@ def agreement(labelled: pd.DataFrame) -> str:
 
     Examples
     --------
-    >>> rows = {"human_score": [3.0, 2.5, -2.0, 0.1], "response": ["positive", "negative", "negative", "positive"]}
+    >>> rows = {"human_score": [3.0, 2.5, -2.0, 0.1], "sentiment": ["positive", "negative", "negative", "positive"]}
     >>> print(agreement(pd.DataFrame(rows)))
     2 of the 3 reviews with |human_score| >= 1.5 are labelled as people did (67 %); always 'positive': 2 (67 %)
     """
@@ -131,7 +132,7 @@ def agreement(labelled: pd.DataFrame) -> str:
     if clear.empty:
         return f"none of these reviews has |{SCORE}| >= {CLEAR}"
     people = clear[SCORE].gt(0).map({True: LABELS[0], False: LABELS[1]})
-    right = int((clear["response"].astype(object) == people).sum())
+    right = int((clear[OUTPUT].astype(object) == people).sum())
     commonest = people.value_counts()
     return (
         f"{right} of the {len(clear)} reviews with |{SCORE}| >= {CLEAR} are labelled as people did "

@@ -28,6 +28,7 @@ FIRST_PATIENCE_S = 12.0  # nothing ever answered: most likely the address is wro
 PATIENCE_S = 600.0  # an endpoint that has answered comes back: a deployment, a restart, a change of network
 GRACE_S = 1.0  # what is in flight is paid for: how long a stopped run waits for it
 ALIKE = 20  # the same refusal of so many first rows, with no answer among them, is the run's failure
+REFUSALS_A_STRIKE = 3  # of one row, while others are answered: bad luck with a limit, until it has lasted too long
 BYTES_A_TOKEN = 4  # of English; the pacer learns how far that is off
 EXPECTED_TOKENS = 64  # reserved for an answer, until the pacer has learned what requests really take
 
@@ -77,10 +78,12 @@ class Job:
     ----------
     number, body, tokens : int, bytes, int
         The request, and about what it takes of a token limit.
-    attempts, strikes, timeouts : int
-        Requests sent; those that count against the most a row may have; those that timed out.
-    started, answered_before : float, int
-        When the last attempt began, and how many answers the run had then.
+    attempts, strikes, timeouts, refusals : int
+        Requests sent; failures that count against the most a row may have; attempts that timed out; that met a limit.
+    started : float
+        When the last attempt began.
+    answered_before : int
+        How many answers the run had when the row was last refused, or taken up.
     deadline : asyncio.Timeout or None
         Ends the attempt when it has taken too long.
     """
@@ -91,6 +94,7 @@ class Job:
     attempts: int = 0
     strikes: int = 0
     timeouts: int = 0
+    refusals: int = 0
     started: float = 0.0
     answered_before: int = 0
     deadline: asyncio.Timeout | None = None
@@ -216,7 +220,8 @@ class Crew:
             self._finish_if_done()
             return None
         self._open += 1
-        return Job(number, body, len(body) // BYTES_A_TOKEN + EXPECTED_TOKENS)
+        tokens = len(body) // BYTES_A_TOKEN + EXPECTED_TOKENS
+        return Job(number, body, tokens, answered_before=self._tally.answered)
 
     # -- one attempt
 
@@ -226,7 +231,6 @@ class Crew:
         assert task is not None
         job.attempts += 1
         job.started = self._loop.time()
-        job.answered_before = self._tally.answered
         self._tally.sent += 1
         self._flying[job] = task
         try:
@@ -347,8 +351,11 @@ class Crew:
         """Whether a failure may be the row's own, and not the endpoint's or its other users'."""
         if failure.kind == "connection":
             return False  # nobody took the request, and patience decides how long that may last
-        if failure.kind == "rate limit" and self._tally.answered > job.answered_before:
-            return False  # the limit is shared, and this row's turn will come
+        if failure.kind == "rate limit":
+            job.refusals += 1
+            before, job.answered_before = job.answered_before, self._tally.answered
+            if self._tally.answered > before:  # the limit is shared, and this row's turn should come
+                return job.refusals % REFUSALS_A_STRIKE == 0
         if self._line.pacer.down_since is None:
             return True
         # Where only rows are left that failed before it was down, it may be they that look like an outage.

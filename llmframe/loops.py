@@ -28,11 +28,12 @@ Start = Callable[[], Coroutine[Any, Any, T]]
 
 HEARTBEAT_S = 0.1  # how often the caller wakes: to draw, and so that ipykernel can hand an interrupt to its cell
 HARD_STOP_S = 2.0  # what a second interrupt leaves a run to let go of its connections
-CLOSE_S = 1.0  # what the end of the process leaves the connections
+CLOSE_S = 5.0  # what the end of the process leaves the runs that still go on, to save what was answered
 
 _lock = threading.Lock()
 _background: tuple[asyncio.AbstractEventLoop, threading.Thread] | None = None
 _parents: object = None
+_under_way: set[_Flight] = set()
 
 
 def in_running_loop() -> bool:
@@ -109,18 +110,13 @@ def _mark_as_seen(outcome: asyncio.Future[Any]) -> None:
         outcome.exception()
 
 
-def run_in_callers_loop(start: Start[T], beat: Callable[[], None]) -> T:
-    """Run inside the caller's running loop from a synchronous call, for a client that belongs to that loop.
-
-    nest_asyncio patches the loop at this moment, and only here: the patch is process-wide. Its bare
-    ``run_until_complete`` would leave a kernel dead after an interrupt, so an interrupt cancels the task instead.
+def let_callers_loop_nest() -> None:
+    """Patch the running loop so that a synchronous call in it can run it; the patch is process-wide.
 
     Raises
     ------
     ConfigurationError
         The loop cannot be patched (uvloop).
-    KeyboardInterrupt
-        After the run has unwound.
     """
     import nest_asyncio
 
@@ -129,9 +125,25 @@ def run_in_callers_loop(start: Start[T], beat: Callable[[], None]) -> T:
         nest_asyncio.apply(loop)
     except ValueError as error:
         raise ConfigurationError(
-            f"this client belongs to a running event loop of type {type(loop).__name__}, in which a call cannot wait; "
-            "write `await df.llm.acomplete(...)`, or leave client= out"
+            f"this client belongs to a running event loop of type {type(loop).__module__}.{type(loop).__name__}, in "
+            "which a call cannot wait; write `await df.llm.acomplete(...)`, or leave client= out"
         ) from error
+
+
+def run_in_callers_loop(start: Start[T], beat: Callable[[], None]) -> T:
+    """Run inside the caller's running loop from a synchronous call, for a client that belongs to that loop.
+
+    A bare ``run_until_complete`` leaves a kernel dead after an interrupt, so an interrupt cancels the task instead.
+
+    Raises
+    ------
+    ConfigurationError
+        See `let_callers_loop_nest`.
+    KeyboardInterrupt
+        After the run has unwound.
+    """
+    let_callers_loop_nest()
+    loop = asyncio.get_running_loop()
     task = loop.create_task(_with_beat(start, beat))
     interrupts: list[int] = []
 
@@ -190,6 +202,29 @@ def _interrupts_go_to(handler: Callable[[int, FrameType | None], Any]) -> Iterat
         signal.signal(signal.SIGINT, previous)
 
 
+async def in_thread(work: Callable[[], T]) -> T:
+    """Do blocking work in a thread of its own.
+
+    Unlike an executor's it can be started while the interpreter shuts down, and is waited for by it: what was paid for
+    is saved then too. Cancelling the wait does not stop the work.
+    """
+    outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+    outcome.set_running_or_notify_cancel()
+    context = contextvars.copy_context()
+
+    def do() -> None:
+        try:
+            outcome.set_result(context.run(work))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    try:
+        threading.Thread(target=do, name="llmframe-work").start()
+    except RuntimeError:  # the interpreter is past the point where it takes new threads
+        do()
+    return await asyncio.wrap_future(outcome)
+
+
 class _Flight:
     """A coroutine under way on the background loop.
 
@@ -219,7 +254,15 @@ class _Flight:
 
     def _begin(self, start: Start[Any]) -> None:
         self._task = self._loop.create_task(start())
+        _under_way.add(self)
         self._task.add_done_callback(self._land)
+
+    def abandon(self) -> asyncio.Task[Any]:
+        """Stop the coroutine and tell nobody: who waits for it is a thread that ends with the process."""
+        assert self._task is not None
+        self._task.remove_done_callback(self._land)
+        self._task.cancel()
+        return self._task
 
     def _cancel(self) -> None:
         if self._task is not None:
@@ -228,6 +271,7 @@ class _Flight:
             self.outcome.set_exception(asyncio.CancelledError())
 
     def _land(self, task: asyncio.Task[Any]) -> None:
+        _under_way.discard(self)
         if task.cancelled():
             self.outcome.set_exception(asyncio.CancelledError())
         elif (error := task.exception()) is not None:
@@ -259,14 +303,18 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
 
 @atexit.register
 def _shut_down() -> None:
-    """Close the connections in good order, so that the end of the process is silent."""
+    """End the runs that nobody waits for any more, and close the connections, so that a process ends in silence."""
     if _background is None:
         return
     loop, thread = _background
-    closing = asyncio.run_coroutine_threadsafe(close_lines(), loop)
-    concurrent.futures.wait([closing], timeout=CLOSE_S)
+    concurrent.futures.wait([asyncio.run_coroutine_threadsafe(_wind_up(), loop)], timeout=CLOSE_S)
     loop.call_soon_threadsafe(loop.stop)
     thread.join(CLOSE_S)
+
+
+async def _wind_up() -> None:
+    await asyncio.gather(*[flight.abandon() for flight in _under_way], return_exceptions=True)
+    await close_lines()
 
 
 def _start_anew() -> None:
@@ -276,6 +324,7 @@ def _start_anew() -> None:
     """
     global _background, _parents, _lock
     _background, _parents = None, _background
+    _under_way.clear()
     _lock = threading.Lock()
 
 

@@ -5,12 +5,13 @@ A value in the call beats `configure`, which beats the environment. What is no k
 
 from __future__ import annotations
 
+import functools
 import inspect
 import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, overload
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -178,28 +179,25 @@ def _over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, An
     return {name: value for name, value in defaults.items() if name not in other} | dict(given)
 
 
-class TakesOptions(Protocol[P]):
-    """A decorator that types and shows ``**keywords`` as what they are."""
-
-    @overload  # a function of a list; what fits this and the next would be typed as neither, and no method fits this
-    def __call__(
-        self, call: Callable[Concatenate[Iterable[Any], ...], R]
-    ) -> Callable[Concatenate[Iterable[Any], P], R]: ...
-
-    @overload  # a method and its one argument of its own
-    def __call__(self, call: Callable[Concatenate[S, A, ...], R]) -> Callable[Concatenate[S, A, P], R]: ...
+def takes_options(
+    options: Callable[P, Options],
+) -> Callable[[Callable[Concatenate[A, ...], R]], Callable[Concatenate[A, P], R]]:
+    """Type and show a function of one argument and ``**keywords`` as taking those of `options`."""
+    return functools.partial(_show, options)
 
 
-def takes_options(options: Callable[P, Options]) -> TakesOptions[P]:
-    """Type and show a call with ``**keywords`` as taking those of `options`."""
+def method_takes_options(
+    options: Callable[P, Options],
+) -> Callable[[Callable[Concatenate[S, A, ...], R]], Callable[Concatenate[S, A, P], R]]:
+    """Do as `takes_options` does, for a method of one argument."""
+    return functools.partial(_show, options)
 
-    def show(call: Any) -> Any:
-        signature = inspect.signature(call)
-        own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
-        call.__signature__ = signature.replace(parameters=[*own, *inspect.signature(options).parameters.values()])
-        return call
 
-    return show
+def _show(options: Callable[..., Options], call: Any) -> Any:
+    signature = inspect.signature(call)
+    own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+    call.__signature__ = signature.replace(parameters=[*own, *inspect.signature(options).parameters.values()])
+    return call
 
 
 def _is_number(value: Any) -> bool:

@@ -137,6 +137,8 @@ class _Allowance:
         self._room = 1.0  # the most that was ever left
 
     def _refill(self, now: float) -> None:
+        if now <= self._at:
+            return
         self._level = min(self._room, self._level + self.rate * (now - self._at))
         self._at = now
 
@@ -154,11 +156,17 @@ class _Allowance:
             self._level -= amount
 
     def learn(
-        self, now: float, limit: float | None, remaining: float | None, reset_s: float | None, since: float, age_s: float
+        self,
+        now: float,
+        limit: float | None,
+        remaining: float | None,
+        reset_s: float | None,
+        sent: tuple[tuple[float, float], ...],
     ) -> None:
-        """Correct the level by the headers of a request sent `age_s` ago, `since` which so much was sent.
+        """Correct the level by headers, which tell it as it was some time ago.
 
-        Whether they tell the bucket at the request's arrival or at its answer is not known: the lower level holds.
+        `sent`: for each time that this may have been (the request's arrival, the answer's sending), how much was sent
+        since, and how many seconds ago it is. Which one it is nobody says, so the lowest level holds.
         """
         if limit is None or remaining is None:
             return
@@ -170,7 +178,11 @@ class _Allowance:
             period_s = HOUR_S if reset_s <= HOUR_S + 1 else DAY_S
         self.rate = limit / period_s
         self._room = max(self._room, remaining)
-        self._level = min(self._room, remaining - max(0.0, since - self.rate * age_s))
+        self._refill(now)
+        behind = max(amount - self.rate * age_s for amount, age_s in sent)
+        level = max(0.0, min(self._room, remaining - max(0.0, behind)))  # what it refuses takes nothing
+        if not level <= self._level < level + 1:  # it is told in whole numbers
+            self._level = level
         self._at = now
         self.known = True
 
@@ -178,50 +190,50 @@ class _Allowance:
 class _Refusals:
     """The rate that 429s alone show, and the time they ask for.
 
-    A refusal says that the endpoint's bucket is empty just then, so what it accepted from one refusal to the next
-    is its rate, whatever the size of the bucket.
+    A refusal says that the endpoint's bucket is empty just then, so what it accepted from one refusal to a later one
+    is its rate, whatever the size of the bucket. Until there are two, the rate is guessed.
     """
 
     EVIDENCE = 5  # accepted requests that make a rate
+    RICH_EVIDENCE = 30  # and so many make one that needs no older ones
     BACK_OFF = 0.95  # of the rate found
-    RECOVER_S = 5.0  # until the rate found is tried again; then it is passed, slowly and then faster
+    RECOVER_S, LONGEST_RECOVER_S = 5.0, 20.0  # until the rate found is tried again; then it is passed, slowly at first
+    CATCH_UP = 1.5  # times the rate, for what was held back
     HOLD_S, LONGEST_HOLD_S = 0.025, 10.0  # without Retry-After: doubled at each refusal that follows another
     RAMP_S = 0.15  # a guessed rate is doubled so often while it is reached
     RAMP = 32.0  # from this part of it
     DOUBLE_S = 3.0  # and doubled so often after that, until a refusal shows the rate
 
     def __init__(self, now: float) -> None:
+        self.hold_until = -math.inf
         self._rate = math.inf
-        self._sure = False  # the rate was measured from one refusal to the next
-        self._decided = now  # refusals of what was sent before are news no more
-        self._since = now  # when sending at the rate began
-        self._level = 0.0
-        self._at = now
+        self._sure = False  # the rate was measured
         self._ramp = False
-        self._debt = 0.0  # held back while waiting, and let go a little faster than the rate
+        self._recover_s = self.RECOVER_S
+        self._since = now  # when sending at the rate began
+        self._at = now
+        self._level = 0.0
+        self._owed = 0.0  # held back while waiting
+        self._may_catch_up = True
+        self._decided = now  # refusals of what was sent before are no news
         self._streak = 0
-        self._mark = math.inf  # when the first refused request of the last episode was sent
+        self._mark: float | None = None  # when a request was sent that found the bucket empty
         self._sent_by_mark = 0.0
         self._refused_since = 0.0
-        self.hold_until = -math.inf
-
-    @property
-    def limits(self) -> bool:
-        """Whether there is a rate at all."""
-        return self._rate < math.inf
+        self._held_s = 0.0  # since then
 
     def _speed(self, now: float) -> float:
         held_s = now - self._since
         if self._sure:
-            x = held_s / self.RECOVER_S
-            speed = self._rate * (self.BACK_OFF + (1 - self.BACK_OFF) * x if x < 1 else 1 + 0.05 * (x - 1) ** 3)
-            return 1.5 * speed if self._debt > 0 else speed
+            x = held_s / self._recover_s
+            speed = self._rate * (self.BACK_OFF + (1 - self.BACK_OFF) * x if x < 1 else 1 + 0.1 * (x - 1) ** 3)
+            return self.CATCH_UP * speed if self._owed > 0 else speed
         if self._ramp:
             ramp = 2.0 ** (held_s / self.RAMP_S) / self.RAMP
             if ramp < 1:
                 return self._rate * ramp
             held_s -= 5 * self.RAMP_S
-        return self._rate * 2.0 ** (held_s / self.DOUBLE_S)
+        return self._rate * 2.0 ** min(20.0, held_s / self.DOUBLE_S)
 
     def wait_s(self, now: float) -> float:
         if now < self.hold_until:
@@ -234,8 +246,9 @@ class _Refusals:
         return (1.0 - self._level) / speed if self._level < 1.0 - 1e-9 else 0.0
 
     def take(self) -> None:
-        self._level -= 1.0
-        self._debt -= 1.0 / 3
+        if self._rate < math.inf:
+            self._level -= 1.0
+            self._owed -= 1 - 1 / self.CATCH_UP
 
     def answered(self, sent: float) -> None:
         """Something that was sent after the last refusal is answered."""
@@ -248,41 +261,47 @@ class _Refusals:
         """Learn from a 429.
 
         `explained`: its headers say that the rate they tell is used up. `sent_by`: requests sent before this one.
-        `speed`: answers a second of late.
+        `speed`: requests accepted a second, of late.
         """
-        if sent >= self._mark:
+        if self._mark is not None and sent >= self._mark:
             self._refused_since += 1
-        fresh = sent >= self._decided
-        if retry_after_s is None:
-            if fresh:
-                self._streak += 1
-                hold_s = min(self.LONGEST_HOLD_S, self.HOLD_S * 2.0**self._streak)
-                self.hold_until = max(self.hold_until, now + hold_s)
-        else:
-            self.hold_until = max(self.hold_until, now + retry_after_s)
-        if not fresh:
-            self._since = self._at = max(self._since, self.hold_until)
+        news = sent >= self._decided
+        hold_s = retry_after_s
+        if hold_s is None:
+            self._streak += news
+            hold_s = min(self.LONGEST_HOLD_S, self.HOLD_S * 2.0**self._streak) if news else 0.0
+        self.hold_until = max(self.hold_until, now + hold_s)
+        self._since = self._at = max(self._since, self.hold_until)
+        if not news:
             return ""
-        self._decided = now
-        self._since = self._at = self.hold_until
-        self._level = 1.0
+        self._decided, self._level = now, 1.0
         if explained:
             return "refused"
-        accepted = sent_by - self._sent_by_mark - self._refused_since
-        if self._mark == math.inf:
+        if self._mark is None:
             self._rate = max(1.0, 0.5 * speed)
-            self._ramp = self.hold_until - now < 0.5
-            decision = "refused: rate guessed"
-        elif accepted >= self.EVIDENCE:
-            self._rate = accepted / max(0.01, sent - self._mark)
-            self._sure = True
-            self._streak = min(self._streak, 1)
-            self._debt = self._rate * (self.hold_until - now)
-            decision = "refused: rate measured"
-        else:
+            self._ramp = hold_s < 0.5  # else the bucket has filled meanwhile, at whatever rate
+            self._mark, self._sent_by_mark, self._refused_since, self._held_s = sent, sent_by, 1.0, hold_s
+            return "refused: rate guessed"
+        accepted, interval_s = sent_by - self._sent_by_mark - self._refused_since + 1, max(0.01, sent - self._mark)
+        if accepted < self.EVIDENCE:
+            self._held_s += hold_s
             return "refused"
-        self._mark, self._sent_by_mark, self._refused_since = sent, sent_by, 1.0
-        return decision
+        rate = accepted / interval_s
+        slow, share = (0.9, 0.9) if self._sure and self._owed <= 0 else (0.5, 0.7)
+        if accepted < slow * speed * (interval_s - self._held_s):  # it was slower before, and the bucket ran over
+            rate = max(rate, share * speed)
+        alike = self._sure and abs(rate / self._rate - 1) < 0.1
+        self._recover_s = (
+            min(self.LONGEST_RECOVER_S, 2 * self._recover_s) if alike else min(self.RECOVER_S, max(0.5, 2 * interval_s))
+        )
+        if self._sure and self._owed > 0:
+            self._may_catch_up = False  # the bucket does not keep what was held back
+        self._rate, self._sure = rate, True
+        self._owed = 0.8 * rate * (self.hold_until - now) if self._may_catch_up else 0.0
+        if accepted >= self.RICH_EVIDENCE:
+            self._mark, self._sent_by_mark, self._refused_since, self._held_s = sent, sent_by, 1.0, 0.0
+        self._held_s += hold_s
+        return "refused: rate measured"
 
 
 # ---- the window
@@ -294,22 +313,27 @@ CEILING = 4096  # in flight; a client machine keeps no more connections than tha
 EVIDENCE = 16  # answers before a window is judged, at least
 EVIDENCE_S = 0.05  # and seconds: an event loop delivers in bunches
 EARLY = 24  # answers after which the first requests can be found to queue
-SERIAL = 0.5  # log of what the first four of sixteen are faster if they queue among themselves
+SERIAL = 0.5  # log of how much faster the first four of sixteen are where these queue among themselves
 GAIN = 1.1  # in flight for each request at work: some wait, so that no slot ever idles
-SPREAD = 1.25  # and so many times its square root: few slots swing more than many
-LATE_S = 0.01  # and so many seconds' worth more, for a client that is late by that much
+SPREAD = 1.25  # and so many times its square root: a few slots swing more than many
+LATE_S = 0.01  # and so many seconds' worth, for a client that is late by that much
+FAST_S = 0.02  # but never less than so many seconds' worth: a queue of that length delays nobody
 GROWING = 0.25  # of the growth in flight must come back as growth in speed, or the knee is passed
+GROWING_AGAIN = 0.4  # where it had been passed before: chance must not move it
+MORE = 0.1  # log of a growth in flight that can be judged
+SURE = 1.2  # times as many at work as before is proof that growth helps
+UNSURE = 1.5  # times the window is as far as it grows without that proof
 BRAKE = 0.3  # log of the slow-down at which a growing window waits for its judgement
 ROOM = math.log(1.13)  # answers no slower than that show that nothing queues
+SUDDEN = 0.2  # log of a drop in latency that is no chance
 QUEUED = math.log(1.8)  # answers slower than that show a long queue, or that they have become another kind
 HELD = math.log(0.85)  # of the speed is all of it: fewer in flight made no difference
-SURE = 1.2  # times what was at work is growth that helps
-UNSURE = 1.5  # times the window before is as far as it grows until it is known to help
-NOISE = 0.07  # log of a change of the base that means nothing
+NOISE = 0.07  # log of a change of latency that means nothing
 PROBE_SHARE = 1.3  # a probe for the latency without a queue keeps so many times fewer in flight
 PROBE_S, LONGEST_PROBE_S = 10.0, 60.0  # between probes; doubled while they find nothing new
 PROBE_WINDOWS = 30  # but at least so many windows: a probe costs two of them a part of their speed
 DOUBTFUL_WINDOWS = 4  # until the next one, where a probe changed the picture
+FEW_IN_FLIGHT = 6  # are not worth a probe
 BUSY_LAG_S = 0.02  # an event loop that late is out of CPU: more in flight would wait here and not there
 
 
@@ -341,9 +365,13 @@ class _First:
 class _Window:
     """How many may be in flight: as many as make the endpoint faster, and a few more that wait there.
 
-    Two numbers are learned, the latency while nothing queues (`base`) and the speed; their product is what the
-    endpoint works on at one time. An epoch is judged when as many answers came as were in flight, and only if the
-    window was full: a window that something else keeps from filling says nothing about the endpoint.
+    Known of the endpoint are the latency while nothing queues (`base`), the speed, and the requests it works on at
+    one time. An epoch is judged when as many answers came as were in flight, and only if the window was full: a
+    window that something else keeps from filling says nothing about the endpoint.
+
+    start -> grow -> probe -> hold: grow until more in flight is not faster, have fewer for a moment to learn the
+    base, hold what that gives. From there it grows again where nothing queues or it is time to see, and has fewer
+    again where answers have become slow.
     """
 
     def __init__(self, most: int, now: float) -> None:
@@ -351,23 +379,22 @@ class _Window:
         self.base: float | None = None  # log of seconds
         self._error = 0.0  # of it
         self._most = float(most)
-        self._phase: Literal["start", "grow", "hold", "probe"] = "start"
-        self._speed = 0.0  # answers a second
-        self._at_work = 0.0  # requests that the endpoint works on at one time
-        self._load = 0  # in flight before a probe
-        self._usual: float | None = None  # log latency at the size held
-        self._step = 2.0  # that a growing window grows by at each answer
-        self._sudden = -math.inf  # a recent latency below it shows that nothing queues any more
-        self._surprising = 0.0  # so many answers within the latency of one show that more are worked on than before
-        self._lately: deque[float] = deque()  # when answers came, within the latency of one
-        self._most_unsure = 2.0 * self.size  # it grows no further until that has shown to help
-        self._before: tuple[float, int] | None = None  # speed and load of the epoch before
-        self._recent: float | None = None  # log latency of the last few answers
-        self._settling = 0  # answers that belong to the size before
-        self._epoch = _Epoch(now, 0)
+        self._phase: Literal["start", "grow", "probe", "hold"] = "start"
         self._began: float | None = None
         self._firsts = (_First(4), _First(8), _First(16))
+        self._epoch = _Epoch(now, 0)
+        self._settling = 0  # answers yet to come that belong to the size before
+        self._recent = 0.0  # log latency of the last few answers
+        self._usual: float | None = None  # the same of the epochs at the size held
+        self._sudden = -math.inf  # below it the recent latency shows that nothing queues any more
+        self._lately: deque[float] = deque()  # when answers came, within the base latency: what was at work
+        self._speed = 0.0  # answers a second
+        self._at_work = 0.0
+        self._proof = 0.0  # so many at work show that growth helps
+        self._limit = 2.0 * self.size  # of growth without that proof
         self._grew = now
+        self._before: tuple[float, int, int] | None = None  # speed, load and what was at work, in a growing window
+        self._load = 0  # in flight before a probe
         self._probe_after_s = PROBE_S
         self._probe_at = math.inf
 
@@ -384,23 +411,23 @@ class _Window:
     def restart(self, in_flight: int) -> None:
         """Judge nothing that is in flight."""
         self._settling = max(1, in_flight)
-        self._recent = self.base
+        self._recent = self.base or 0.0
 
-    def answered(self, now: float, latency_s: float, in_flight: int, busy: bool, welcome: float) -> str:
-        """Learn from an answer that came when `in_flight` were out, itself among them.
+    def answered(
+        self, now: float, latency_s: float, in_flight: int, wanted: bool, busy: bool, welcome: float
+    ) -> str:
+        """Learn from an answer that came when `in_flight` were out, itself among them; the decision, if any.
 
-        `busy`: this machine is. `welcome`: requests a second that the endpoint's headers allow.
+        `wanted`: nothing but the window kept more from being sent. `busy`: this machine is short of CPU. `welcome`:
+        requests a second that the endpoint's headers allow.
         """
         log = math.log(max(latency_s, 1e-6))
-        self._recent = log if self._recent is None else self._recent + (log - self._recent) / 16
-        if self.base is None:
-            for first in self._firsts:
-                if now - latency_s <= first.until and first.back < first.count:
-                    first.back += 1
-                    first.logs += log
+        self._recent += (log - self._recent) / 16 if self._recent else log
         lately = self._lately
         lately.append(now)
-        if self.base is not None:
+        if self.base is None:
+            self._note_first(now - latency_s, log)
+        else:
             since = now - math.exp(self.base)
             while lately[0] < since:
                 lately.popleft()
@@ -414,43 +441,31 @@ class _Window:
         epoch.seconds += latency_s
         epoch.logs += log
         epoch.squares += log * log
-        full = in_flight >= 0.9 * int(self.size)
-        epoch.full += full
-        if full and not busy:
-            if self._phase == "start" or self._phase == "grow":
-                self._grow(now, welcome)
-            elif self._phase == "hold" and self._recent < self._sudden:
-                self._phase, self._most_unsure = "grow", UNSURE * self.size
-                return "room"
+        if wanted and in_flight >= 0.9 * int(self.size):
+            epoch.full += 1
+            if not busy:
+                if self._phase == "start" or self._phase == "grow":
+                    self._grow(now, welcome)
+                elif self._phase == "hold" and self._recent < self._sudden:
+                    return self._look_for_room(now, in_flight, "room")
         self._grew = now
         if self.base is None:
             if epoch.answers == 1:
                 epoch.load = in_flight
-            base = self._first_base(now)
-            usual_s = math.exp(base)
-            if epoch.answers >= EARLY and self._recent > base + SERIAL and now - epoch.began > 3 * usual_s:
-                self.base = base
-                speed = epoch.answers / (now - epoch.began - usual_s)
-                self._hold(now, 2 * speed * usual_s, speed, in_flight)
-                self._probe_at = now
-                return "knee"
+            if epoch.answers >= EARLY and (decision := self._early(now, epoch, in_flight)):
+                return decision
         if epoch.answers >= max(EVIDENCE, epoch.load) and now - epoch.began >= EVIDENCE_S:
             self._epoch = _Epoch(now, in_flight)
             return self._judge(now, epoch, in_flight, busy)
         return ""
 
-    def _grow(self, now: float, welcome: float) -> None:
-        base = self._first_base(now) if self.base is None else self.base
-        assert self._recent is not None
-        if self._recent >= base + BRAKE:
-            return
-        most, at_work = self._most_unsure, len(self._lately)
-        if welcome:
-            most = self._most
-        elif self.base is not None and at_work > max(SURE * self._at_work, self._surprising):
-            most = 2.0 * at_work
-        more = max(self._step, welcome * min(1.0, now - self._grew))
-        self.size = min(self._most, max(self.size, most), self.size + more)
+    # -- the first answers
+
+    def _note_first(self, sent: float, log: float) -> None:
+        for first in self._firsts:
+            if sent <= first.until and first.back < first.count:
+                first.back += 1
+                first.logs += log
 
     def _first_base(self, now: float) -> float:
         """Log latency of the first requests; those still out took at least the time since.
@@ -463,89 +478,159 @@ class _Window:
         )
         return few if few < most - SERIAL else some if some < most - SERIAL else most
 
+    def _early(self, now: float, epoch: _Epoch, in_flight: int) -> str:
+        """See whether the first requests wait for each other, long before all of them are back."""
+        base = self._first_base(now)
+        usual_s = math.exp(base)
+        if self._recent <= base + SERIAL or now - epoch.began <= 3 * usual_s:
+            return ""
+        self.base = base
+        speed = epoch.answers / (now - epoch.began - usual_s)
+        self._hold(now, 2 * speed * usual_s, speed, in_flight)  # twice, since a few answers are poor evidence
+        self._probe_at = now
+        return "knee"
+
+    # -- judgements
+
+    def _grow(self, now: float, welcome: float) -> None:
+        """Let two more out for each answer while answers are not slower, or as many as the headers say are welcome."""
+        base = self._first_base(now) if self.base is None else self.base
+        if self._recent >= base + BRAKE:
+            return
+        limit = self._limit
+        if welcome:
+            limit = self._most
+        elif self.base is not None and (limit == math.inf or len(self._lately) > self._proof):
+            limit = 2.0 * len(self._lately)
+        more = max(2.0, welcome * min(1.0, now - self._grew))
+        self.size = min(self._most, max(self.size, limit), self.size + more)
+
     def _judge(self, now: float, epoch: _Epoch, in_flight: int, busy: bool) -> str:
-        count, load = epoch.answers, epoch.load
+        count = epoch.answers
         log = epoch.logs / count
         error = math.sqrt(max(0.0, epoch.squares / count - log * log) / count)
         speed = count / (now - epoch.began)
         full = epoch.full >= 0.7 * count
         if self._phase == "start":
-            first = self._first_base(now)
-            self.base, self._error = (first, error * math.sqrt(count / 16)) if first < log - 0.2 else (log, error)
-            self._phase = "grow"
-            self._before = (load / (epoch.seconds / count), load) if full else None
-            self._at_work = load / 2
-            return ""
-        assert self.base is not None
+            return self._judge_start(now, epoch, log, error, full)
         if not full:
+            self._before = None
             if self._phase == "probe":
                 self._hold(now, self._at_work, self._speed, in_flight)
-            self._before = None
             return ""
-        before, self._before = self._before, (speed, load)
         if self._phase == "grow":
-            if before is None:
-                return ""
-            more, faster = math.log(load / before[1]), math.log(speed / before[0])
-            if more < 0.1 and log < self.base + BRAKE:
-                return ""
-            if more >= 0.1 and faster >= GROWING * more:
-                if faster > 0.15 and log > self.base:
-                    self.base, self._error = log, error
-                return "grow"
-            self._hold(now, min(load, before[1] * max(1.0, speed / before[0])), speed, in_flight)
-            return self._probe(in_flight, "knee")
+            return self._judge_growth(now, epoch.load, log, error, speed, in_flight, busy)
         if self._phase == "probe":
-            return self._probed(now, speed, load, log, error, in_flight)
-        usual, self._usual = self._usual, log if self._usual is None else self._usual + 0.3 * (log - self._usual)
-        self._speed = speed if usual is None else self._speed + 0.3 * (speed - self._speed)
-        expected = self._speed * math.exp(self.base)
-        self._sudden = min(self._usual - max(0.2, 0.7 * error * math.sqrt(count)), self.base + ROOM)
-        self._surprising = expected + max(0.15 * expected, 3 * error * math.sqrt(count * expected))
-        slower, doubt = log - self.base, math.hypot(error, self._error)
-        dropped = usual is not None and log < usual - ROOM and slower + 0.3 * doubt < ROOM
-        if (dropped or slower < 0.05) and not busy:
-            self._phase, self._most_unsure = "grow", UNSURE * self.size
-            return "room"
-        if slower - 2 * doubt > QUEUED:
-            self.size = max(self.size / 2, speed * math.exp(self.base)) * PROBE_SHARE
-            return self._probe(in_flight, "slower")
-        if now >= self._probe_at:
-            return self._probe(in_flight, "probe")
+            return self._judge_probe(now, epoch.load, log, error, speed, in_flight)
+        return self._judge_hold(now, epoch, log, error, speed, in_flight, busy)
+
+    def _judge_start(self, now: float, epoch: _Epoch, log: float, error: float, full: bool) -> str:
+        first = self._first_base(now)
+        self.base, self._error = log, error
+        if first < log - SUDDEN:  # what was sent at once is faster than what followed: that queues
+            self.base, self._error = first, error * math.sqrt(epoch.answers / START_AT_ONCE)
+        self._phase = "grow"
+        if full:
+            self._limit = math.inf
+            self._at_work, self._speed = epoch.load, epoch.load / (epoch.seconds / epoch.answers)
+            self._before = (self._speed, epoch.load, epoch.load)
         return ""
 
-    def _probed(self, now: float, speed: float, load: int, log: float, error: float, in_flight: int) -> str:
-        """Judge an epoch with fewer in flight, beside the speed and the load before it."""
-        assert self.base is not None and self._load
-        fell, fastest = math.log(speed / self._speed), max(speed, self._speed)
-        at_work = min(self._load, load * fastest / speed)
-        doubt = math.hypot(error, self._error)
-        if fell > HELD and log > self.base + NOISE + 2 * doubt:
-            self._hold(now, max(load / 2, speed * math.exp(self.base)), fastest, in_flight)
-            self.size = min(self.size, load / 1.2)
-            return self._probe(in_flight, "queue")
-        moved = log - self.base
-        self.base, self._error = log, error
-        self._probe_after_s = PROBE_S if abs(moved) > 2 * NOISE + doubt else min(LONGEST_PROBE_S, 2 * self._probe_after_s)
-        self._hold(now, at_work, fastest, in_flight)
-        if abs(moved) > 2 * NOISE + doubt:
-            self._probe_at = now + DOUBTFUL_WINDOWS * self.size / speed
-        return self._probe(in_flight, "queue shorter") if moved < -NOISE - doubt and fell > HELD else "measured"
+    def _judge_growth(
+        self, now: float, load: int, log: float, error: float, speed: float, in_flight: int, busy: bool
+    ) -> str:
+        assert self.base is not None
+        at_work = len(self._lately)
+        if self._before is None:
+            self._before = (speed, load, at_work)
+            if not self._speed:
+                self._at_work, self._speed = load, speed
+            return ""
+        speed_before, load_before, at_work_before = self._before
+        more, faster = math.log(load / load_before), math.log(speed / speed_before)
+        if more < MORE and log < self.base + BRAKE and not busy:
+            return ""
+        helps = GROWING if self._limit == math.inf else GROWING_AGAIN
+        if not busy and ((more >= MORE and faster >= helps * more) or at_work > max(SURE * at_work_before, self._proof)):
+            self._limit = math.inf
+            self._before = (speed, load, at_work)
+            self._at_work, self._speed = load, speed
+            if faster > 0.15 and log > self.base:  # slower, but worth it: batches grow
+                self.base, self._error = log, error
+            return "grow"
+        self._hold(now, min(load, self._at_work * max(1.0, speed / self._speed)), speed, in_flight)
+        return self._have_fewer(in_flight, "knee")
 
-    def _probe(self, in_flight: int, decision: str) -> str:
-        self._load = in_flight
-        self._phase = "probe"
-        self.size = max(1.0, self.size / PROBE_SHARE)
-        self._settling = in_flight
+    def _judge_probe(self, now: float, load: int, log: float, error: float, speed: float, in_flight: int) -> str:
+        assert self.base is not None
+        fastest, held = max(speed, self._speed), math.log(speed / self._speed) > HELD
+        doubt = math.hypot(error, self._error)
+        if held and log > self._with_grace() + NOISE + 2 * doubt:
+            self._hold(now, max(load / 2, speed * math.exp(self.base)), fastest, in_flight)
+            return self._have_fewer(in_flight, "queue")
+        moved = log - self.base
+        news = abs(moved) > 2 * NOISE + doubt
+        self.base, self._error = log, error
+        self._probe_after_s = PROBE_S if news else min(LONGEST_PROBE_S, 2 * self._probe_after_s)
+        self._hold(now, min(self._load, load * fastest / speed), fastest, in_flight)
+        if news:
+            self._probe_at = now + DOUBTFUL_WINDOWS * self.size / speed
+        if held and moved < -NOISE - doubt:
+            return self._have_fewer(in_flight, "queue shorter")
+        return "measured"
+
+    def _judge_hold(
+        self, now: float, epoch: _Epoch, log: float, error: float, speed: float, in_flight: int, busy: bool
+    ) -> str:
+        assert self.base is not None
+        usual = self._usual
+        self._usual = log if usual is None else usual + 0.3 * (log - usual)
+        self._speed = speed if usual is None else self._speed + 0.3 * (speed - self._speed)
+        spread = error * math.sqrt(epoch.answers)
+        half = self.base + max(ROOM, 0.5 * (self._usual - self.base))
+        self._sudden = min(self._usual - max(SUDDEN, 0.7 * spread), half)
+        expected = self._speed * math.exp(self.base)
+        self._proof = expected + max(0.25 * expected, 4 * spread * math.sqrt(expected))
+        slower, doubt = log - self.base, math.hypot(error, self._error)
+        room = 0.5 * math.log(max(1.0, self.size / self._at_work))  # half of what the queue meant to be there takes
+        dropped = usual is not None and log < usual - ROOM and log < half
+        if (dropped or slower + doubt < room) and not busy:
+            return self._look_for_room(now, in_flight, "room")
+        if log - self._with_grace() - 2 * doubt > QUEUED:
+            self._hold(now, max(self.size / 2, expected), self._speed, in_flight)
+            return self._have_fewer(in_flight, "slower")
+        if now >= self._probe_at and self.size >= FEW_IN_FLIGHT and not busy:
+            return self._look_for_room(now, in_flight, "probe", PROBE_SHARE)
+        return ""
+
+    def _with_grace(self) -> float:
+        """The base with a queue that does not matter."""
+        assert self.base is not None
+        return math.log(math.exp(self.base) + FAST_S)
+
+    # -- decisions
+
+    def _look_for_room(self, now: float, in_flight: int, decision: str, share: float = UNSURE) -> str:
+        self._phase, self._limit = "grow", share * self.size
+        self._before = (self._speed, in_flight, len(self._lately))
+        self._epoch = _Epoch(now, in_flight)
+        return decision
+
+    def _have_fewer(self, in_flight: int, decision: str) -> str:
+        fewer = max(1.0, min(self.size / PROBE_SHARE, 0.95 * self._at_work), FAST_S * self._speed)
+        if fewer < self.size and self.size > FEW_IN_FLIGHT:
+            self._phase, self._load = "probe", in_flight
+            self.size, self._settling = fewer, in_flight
         return decision
 
     def _hold(self, now: float, at_work: float, speed: float, in_flight: int) -> None:
         """Keep as many in flight as are worked on at one time, and a few more."""
-        self._phase, self._surprising, self._sudden = "hold", 0.0, -math.inf
-        self._at_work, self._speed, self._usual = at_work, speed, None
-        self.size = min(self._most, max(1.0, GAIN * at_work + SPREAD * math.sqrt(at_work) + LATE_S * speed))
+        self._phase, self._usual, self._sudden, self._proof = "hold", None, -math.inf, 0.0
+        self._at_work, self._speed = at_work, speed
+        size = max(GAIN * at_work + SPREAD * math.sqrt(at_work) + LATE_S * speed, FAST_S * speed, 1.0)
+        self.size = min(self._most, size)
         self._settling = in_flight
-        self._probe_at = now + max(self._probe_after_s, PROBE_WINDOWS * self.size / speed)
+        self._probe_at = now + max(self._probe_after_s, PROBE_WINDOWS * size / speed)
 
 
 # ---- outages
@@ -589,10 +674,10 @@ class _Outage:
         """The endpoint answered something sent then, were it only with a refusal; True where that ends an outage."""
         self._answered_at = now
         self._in_a_row = 0
+        self.suspected = False
         if self._failures and sent < self._first_sent:
             return False
         self._failures = 0
-        self.suspected = False
         ended, self.since, self._probe_sent = self.since is not None, None, None
         return ended
 
@@ -634,6 +719,7 @@ class _Outage:
 
 HISTORY_STEP_S = 0.005  # how finely it is known what was sent when
 HISTORY = 100_000  # entries kept
+FEW = 16  # requests are too few to tell a speed
 MOMENT_S = 1.0  # between entries of the timeline without a decision
 MOMENTS = 4000  # entries of the timeline before it is thinned
 
@@ -642,23 +728,36 @@ class _History:
     """How much had been sent by when."""
 
     def __init__(self) -> None:
-        self.requests = self.tokens = 0.0
+        self.requests = self.tokens = self.refused = 0.0
         self._times: list[float] = []
-        self._sums: list[tuple[float, float]] = []  # before that time
+        self._sums: list[tuple[float, float, float]] = []  # the three above, before that time
 
     def sent(self, now: float, tokens: float) -> None:
         if not self._times or now - self._times[-1] >= HISTORY_STEP_S:
             self._times.append(now)
-            self._sums.append((self.requests, self.tokens))
+            self._sums.append((self.requests, self.tokens, self.refused))
             if len(self._times) > HISTORY:
                 del self._times[: HISTORY // 2], self._sums[: HISTORY // 2]
         self.requests += 1
         self.tokens += tokens
 
-    def by(self, time_s: float) -> tuple[float, float]:
-        """Requests and tokens that had been sent before what was sent then."""
+    def by(self, time_s: float) -> tuple[float, float, float]:
+        """Requests and tokens that had been sent, and requests refused, before what was sent then."""
         index = bisect_right(self._times, time_s + 1e-6) - 1
-        return self._sums[index] if index >= 0 else (0.0, 0.0)
+        return self._sums[index] if index >= 0 else (0.0, 0.0, 0.0)
+
+    def speed(self, now: float) -> float:
+        """Requests accepted a second: of the last half second, or of longer where those are few."""
+        if not self._times:
+            return 0.0
+        begun_s = max(0.05, now - self._times[0])
+        span_s = min(0.5, begun_s)
+        while True:
+            sent, _, refused = self.by(now - span_s)
+            accepted = self.requests - sent - (self.refused - refused)
+            if accepted >= FEW or span_s >= begun_s:
+                return max(0.0, accepted) / span_s
+            span_s = min(2 * span_s, begun_s)
 
 
 class Pacer:
@@ -692,6 +791,7 @@ class Pacer:
         self._used = self._reserved = 0.0
         self._lag_s = 0.0
         self._limit = self._last_limit = ""
+        self._wanted = False  # more would be sent if the window were wider
         self._answers = self._refused = 0
         self._latencies_s = 0.0
         self._noted = (now, 0, 0.0)
@@ -745,8 +845,9 @@ class Pacer:
         if self._outage.since is not None:
             self._limit = "outage"
             return self._outage.wait_s(now)
-        if self._in_flight >= int(self._window.size) or self._outage.suspected:
+        if self._in_flight >= int(self._window.size) or (self._outage.suspected and self._in_flight):
             self._limit = "this machine" if self._lag_s > BUSY_LAG_S else "server"
+            self._wanted = True
             return math.inf
         wait_s, limit = 0.0, ""
         if self._ramping and self._in_flight >= START_AT_ONCE and self._first_sent is not None:
@@ -765,7 +866,7 @@ class Pacer:
         if (one_s := self._refusals.wait_s(now)) > wait_s:
             wait_s, limit = one_s, "requests/min" if one_s < 1.0 else "retry-after"
         if limit:
-            self._limit = limit
+            self._limit, self._wanted = limit, False
         return max(0.0, wait_s)
 
     def sent(self, now: float, tokens: int) -> None:
@@ -818,7 +919,7 @@ class Pacer:
             self._read(now, headers, latency_s)
             welcome = self._requests.rate
         busy = self._lag_s > BUSY_LAG_S
-        if decision := self._window.answered(now, latency_s, in_flight, busy, welcome):
+        if decision := self._window.answered(now, latency_s, in_flight, self._wanted, busy, welcome):
             self._note(now, decision)
 
     def refused(
@@ -827,6 +928,7 @@ class Pacer:
         """Learn from a 429 that is a rate limit; the parameters are those of `answered`."""
         self._in_flight -= 1
         self._refused += 1
+        self._history.refused += 1
         sent = now - latency_s
         if self._ramping:
             self._ramping = False
@@ -834,13 +936,13 @@ class Pacer:
         self._alive(now, sent)
         explained = False
         if headers is not None:
-            self._read(now, headers, latency_s)
             explained = headers.remaining_requests is not None and headers.remaining_requests < 1
             explained |= headers.remaining_tokens is not None and headers.remaining_tokens < 2 * reserved * self._ratio
-        sent_by = self._history.by(sent)[0]
-        speed = (sent_by - self._history.by(sent - 0.5)[0]) / min(0.5, max(0.05, sent - (self._first_sent or 0.0)))
+        sent_by, speed = self._history.by(sent)[0], self._history.speed(now)
         if decision := self._refusals.refused(now, sent, retry_after_s, explained, sent_by, speed):
             self._note(now, decision)
+        if headers is not None:
+            self._read(now, headers, latency_s)
 
     def failed(self, now: float, *, latency_s: float, reserved: int, kind: str) -> None:
         """Learn from an attempt that got no answer: 5xx, connection, ``timeout``, a body that is none."""
@@ -892,22 +994,23 @@ class Pacer:
 
     def _read(self, now: float, headers: RateHeaders, age_s: float) -> None:
         history = self._history
-        requests, tokens = history.by(now - age_s)
+        requests, tokens, _ = history.by(now - age_s)
+        late_s = MARGIN_S + self._lag_s
+        late_requests, late_tokens, _ = history.by(now - late_s)
+        at = max(now, self._refusals.hold_until)  # a window that has no room may refill only then
         self._requests.learn(
-            now,
+            at,
             headers.limit_requests,
             headers.remaining_requests,
             headers.reset_requests_s,
-            history.requests - requests - 1,
-            age_s,
+            ((history.requests - requests - 1, age_s), (history.requests - late_requests, late_s)),
         )
         self._tokens.learn(
-            now,
+            at,
             headers.limit_tokens,
             headers.remaining_tokens,
             headers.reset_tokens_s,
-            history.tokens - tokens,
-            age_s,
+            ((history.tokens - tokens, age_s), (history.tokens - late_tokens, late_s)),
         )
 
     def _note(self, now: float, decision: str) -> None:

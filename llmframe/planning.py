@@ -85,7 +85,7 @@ def _as_series(where: Any) -> pd.Series[Any]:
     known = isinstance(where, list | tuple | np.ndarray | pd.Series | pd.Index | pd.api.extensions.ExtensionArray)
     if not known or getattr(where, "ndim", 1) != 1:
         raise ConfigurationError(f"where= is {kind(where)}; it has to be 'missing' or a boolean mask, one value a row")
-    return pd.Series(where, dtype=None if len(where) else bool).reset_index(drop=True)
+    return pd.Series(where if len(where) else np.zeros(0, dtype=bool)).reset_index(drop=True)
 
 
 def check_columns(

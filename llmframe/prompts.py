@@ -236,7 +236,7 @@ class Prompts:
                     "(for text that holds a column, write a template, as in 'Translate: {text}')"
                 )
             raise TemplateError(
-                f"the prompt {text[:60]!r}... has no {{column}} field, so every row would send the same; put one in"
+                f"the prompt {text!r:.60} has no {{column}} field, so every row would send the same; put one in"
             )
         return _Maker(lambda row: user(template.render(row)), template.columns, template.columns)
 

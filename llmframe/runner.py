@@ -123,7 +123,7 @@ def prepare(prompts: Prompts, options: Options) -> Prepared:
             "no model: pass model=, set it with llmframe.configure(model=...) or LLMFRAME_MODEL; "
             'model="local" needs no key and no network'
         )
-    schema = read_schema(options.schema)
+    schema = read_schema(options.schema, options.output)
     if schema is not None and "response_format" in options.params:
         raise ConfigurationError("schema= and response_format= say the same; pass one of them")
     selected = select(prompts.frame, options)

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmframe.answers import read_chat, read_json, read_usage
@@ -243,6 +243,7 @@ def test_a_body_with_nan_is_read() -> None:
     assert str(read_json(b'{"usage": {"prompt_tokens": NaN}}')) == "{'usage': {'prompt_tokens': nan}}"
 
 
+@settings(deadline=None)
 @given(st.binary())
 def test_any_bytes_are_json_or_none(body: bytes) -> None:
     read_json(body)
@@ -272,6 +273,7 @@ USAGE = maybe(
 REPLY = maybe(choices=st.lists(CHOICE, max_size=3), usage=USAGE, model=TEXTS)
 
 
+@settings(deadline=None)
 @given(REPLY, st.sampled_from([None, LABELS]))
 def test_any_json_is_an_answer_with_a_status_or_none_and_fits_its_columns(reply: Any, schema: Labels | None) -> None:
     reply = read_json(json.dumps(reply).encode())

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmframe.answers import read_json
@@ -184,6 +184,7 @@ CODES = st.sampled_from([*QUOTA_CODES, *FILTER_CODES, "429", 503, "rate_limit_ex
 REPLIES = JSON | st.fixed_dictionaries({"error": JSON | st.dictionaries(NAMES, JSON | CODES)})
 
 
+@settings(deadline=None)
 @given(
     st.integers(100, 599),
     st.dictionaries(st.sampled_from(["x-should-retry", "retry-after"]), st.text()),
@@ -215,6 +216,7 @@ def test_a_request_without_a_reply_is_tried_again_unless_the_certificate_is_wron
     assert of_error(Unreachable("connection", "\udcff")).message == "no reply: \ufffd"
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10**6), st.floats(0, 1, exclude_max=True))
 def test_the_wait_before_a_retry_is_jittered_over_an_exponential_span(strikes: int, chance: float) -> None:
     longest = min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2.0 ** min(strikes, 100))

@@ -103,18 +103,24 @@ class Kernel:
 
 
 PREPARE = """
-import json
+import itertools, json, sys
+sys.modules["ipywidgets"] = None  # as where it is not installed: the bar is text
 import pandas as pd
 import llmframe
+keys = itertools.count(10_000)  # another key is another line, which no test before has taught anything
 def show(value):
     print(json.dumps(value))
 """
+
+
+SHOW_A_TRACEBACK = "1 / 0"  # the first one takes IPython most of a second, which is not ours to be measured
 
 
 @pytest.fixture(scope="module")
 def shared_kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
     kernel = Kernel(tmp_path_factory.mktemp("kernels"))
     kernel.run(PREPARE)
+    kernel.run(SHOW_A_TRACEBACK)
     yield kernel
     kernel.stop()
 
@@ -124,6 +130,7 @@ def shared_kernel_with_client(tmp_path_factory: pytest.TempPathFactory) -> Itera
     """A kernel of its own: once nest_asyncio has patched a process, it stays so."""
     kernel = Kernel(tmp_path_factory.mktemp("kernels"))
     kernel.run(PREPARE + "import httpx2, openai\n")
+    kernel.run(SHOW_A_TRACEBACK)
     yield kernel
     kernel.stop()
 
@@ -163,7 +170,7 @@ def _prepared(kernel: Kernel, server: SimulatedServer, client: str) -> Kernel:
 hanging = range({ANSWERED}, {ANSWERED + IN_FLIGHT})
 df = pd.DataFrame({{"text": [f"row {{i}} [[hang_first=1]]" if i in hanging else f"row {{i}}" for i in range({ROWS})]}})
 keywords = dict(model="m", max_concurrency={IN_FLIGHT}, max_attempts=1)
-{"" if client else f"keywords.update(base_url={server.base_url!r}, api_key='sk-test-not-a-secret')"}
+{"" if client else f"keywords.update(base_url={server.base_url!r}, api_key=f'sk-test-{{next(keys)}}')"}
 """
     )
     return kernel

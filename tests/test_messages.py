@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmframe.errors import ConfigurationError, TemplateError
@@ -21,6 +21,7 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "functi
 ANY_TEXT = st.text(st.characters())
 
 
+@settings(deadline=None)
 @given(ANY_TEXT)
 def test_well_formed_text_is_left_alone_and_other_text_loses_its_lone_surrogates_alone(text: str) -> None:
     made = well_formed(text)
@@ -134,6 +135,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(JSON)
 def test_json_is_copied_as_it_is(value: Any) -> None:
     assert plain_json(value, "x", ConfigurationError) == value

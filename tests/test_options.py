@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llmframe
@@ -184,6 +184,7 @@ def test_a_keyword_one_typo_away_from_ours_is_refused(typo: str, meant: str) -> 
         call_options(**{typo: 1})
 
 
+@settings(deadline=None)
 @given(st.text(string.ascii_lowercase[:3], max_size=4), st.text(string.ascii_lowercase[:3], max_size=4))
 def test_one_typo_is_one_letter_added_left_out_replaced_or_swapped(word: str, known: str) -> None:
     def typos(text: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmframe.errors import ConfigurationError, TemplateError
@@ -213,6 +213,7 @@ def test_the_columns_and_their_types_follow_from_the_call_alone() -> None:
 VALUES = st.lists(st.sampled_from(["a", "b", "c", None]), max_size=12)
 
 
+@settings(deadline=None)
 @given(VALUES, st.data())
 def test_a_row_sends_its_own_request_once_for_all_that_send_the_same(values: list[Any], data: st.DataObject) -> None:
     selected = data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values)))
@@ -231,6 +232,7 @@ def test_a_row_sends_its_own_request_once_for_all_that_send_the_same(values: lis
     assert rows_of(made) == [Counter(made.request_of.tolist())[number] for number in range(len(made.keys))]
 
 
+@settings(deadline=None)
 @given(VALUES, st.data())
 def test_without_dedupe_each_row_has_a_key_of_its_own_that_no_mask_changes(
     values: list[Any], data: st.DataObject

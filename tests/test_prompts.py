@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmframe.errors import ConfigurationError, LLMFrameError, TemplateError
@@ -79,6 +79,7 @@ def test_whole_numbers_stay_whole_beside_floats_and_text() -> None:
     assert texts(frame, lambda row: f"{row.n} {row['f']}") == ["1 0.5", "2 1.5"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(st.characters()) | st.none(), max_size=5))
 def test_any_text_gives_messages_that_can_be_sent(values: list[str | None]) -> None:
     for messages in made(pd.DataFrame({"x": pd.Series(values, dtype=object)}), "<{x}>", na="keep"):

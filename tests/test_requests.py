@@ -10,7 +10,7 @@ import openai
 import orjson
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmframe.errors import ConfigurationError
@@ -118,6 +118,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(JSON)
 def test_the_canonical_form_is_sorted_json_without_white_space(value: Any) -> None:
     plain = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
@@ -128,6 +129,7 @@ def test_the_canonical_form_is_sorted_json_without_white_space(value: Any) -> No
 PARAMS = st.dictionaries(st.text(min_size=1).filter(lambda name: name not in OURS), JSON, max_size=4)
 
 
+@settings(deadline=None)
 @given(PARAMS, st.randoms(use_true_random=False))
 def test_the_order_of_parameters_changes_no_key(params: dict[str, Any], random: Any) -> None:
     names = list(params)
@@ -135,6 +137,7 @@ def test_the_order_of_parameters_changes_no_key(params: dict[str, Any], random: 
     assert key({name: params[name] for name in names}) == key(params)
 
 
+@settings(deadline=None)
 @given(PARAMS)
 def test_the_body_says_what_was_meant(params: dict[str, Any]) -> None:
     requests = Requests(OPENAI, "gpt-4o-mini", params, LABELS.canonical, LABELS.response_format)
@@ -193,6 +196,7 @@ HOSTS = st.from_regex(r"[a-z0-9]([a-z0-9.-]{0,20}[a-z0-9])?", fullmatch=True)
 PATHS = st.from_regex(r"(/[A-Za-z0-9_.-]{1,8}){0,3}", fullmatch=True)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(["http", "https"]), HOSTS, st.none() | st.integers(1, 65535), PATHS, st.integers(0, 2))
 def test_the_spelling_of_a_url_is_not_in_its_identity(
     scheme: str, host: str, port: int | None, path: str, slashes: int

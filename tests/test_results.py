@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmframe.results import (
@@ -75,6 +75,7 @@ COMPLETIONS = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(COMPLETIONS, max_size=5))
 def test_types_never_depend_on_the_data_and_nothing_is_lost(completions: list[Completion]) -> None:
     values = columns(completions, output="a", details=True, labelled=False)
@@ -86,6 +87,7 @@ def test_types_never_depend_on_the_data_and_nothing_is_lost(completions: list[Co
         assert [None if pd.isna(cell) else cell for cell in made.tolist()] == cells
 
 
+@settings(deadline=None)
 @given(st.lists(st.none() | st.lists(st.none() | st.text(), max_size=3), max_size=4))
 def test_an_object_column_holds_lists_as_they_are(cells: list[Any]) -> None:
     made = typed(cells, object)

@@ -8,7 +8,7 @@ import jsonschema
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmframe.errors import SchemaError
@@ -137,6 +137,7 @@ def test_an_answer_that_does_not_fit_is_never_guessed_at(labels: Labels, text: s
     assert repr(labels.values[0]) in str(raised.value)
 
 
+@settings(deadline=None)
 @given(st.text(st.characters()))
 def test_any_text_is_a_label_or_unfit(text: str) -> None:
     try:
@@ -163,3 +164,18 @@ def test_the_format_sent_admits_the_labels_and_nothing_else() -> None:
 def test_the_column_of_labels_is_a_category_in_the_order_given() -> None:
     assert pd.Categorical([], dtype=Labels(("b", "a")).dtype).categories.tolist() == ["b", "a"]
     assert not Labels(("b", "a")).dtype.ordered
+
+
+@pytest.mark.parametrize(("output", "name"), [("sentiment", "sentiment"), ("ist es gut?", "label"), ("a" * 65, "label")])
+def test_the_model_is_told_what_the_labels_are_of(output: str, name: str) -> None:
+    labels = read_schema(["positive", "negative"], output)
+    assert labels is not None
+    assert list(labels.response_format["json_schema"]["schema"]["properties"]) == [name]
+    assert labels.read(f'{{"{name}": "positive"}}') == "positive"
+
+
+def test_the_name_of_the_column_is_no_part_of_the_key() -> None:
+    one, other = read_schema(["a", "b"], "one"), read_schema(["a", "b"], "other")
+    assert one is not None
+    assert other is not None
+    assert one.canonical == other.canonical

@@ -9,7 +9,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmframe.errors import TemplateError
@@ -24,6 +24,7 @@ LITERALS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="
 SPECS = ["", ":>8", ":08.3f", ":,", ":.2e", ":%", ":+", ":"]
 
 
+@settings(deadline=None)
 @given(
     st.lists(LITERALS | st.tuples(st.sampled_from("abc"), st.sampled_from(SPECS)), max_size=8),
     st.fixed_dictionaries({name: st.integers(-(10**9), 10**9) | st.floats(-1e9, 1e9) for name in "abc"}),
@@ -33,6 +34,7 @@ def test_a_template_says_what_str_format_says(pieces: list[str | tuple[str, str]
     assert render(text, row) == text.format(**{str(name): value for name, value in row.items()})
 
 
+@settings(deadline=None)
 @given(st.text(alphabet=string.ascii_lowercase[:3] + "{}:!.[]0 \n"))
 def test_any_text_is_a_template_or_a_template_error(text: str) -> None:
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmframe.timeouts import FLOOR_S, MARGIN, UNKNOWN_S, Timeout
@@ -14,6 +14,7 @@ def test_until_a_first_answer_it_is_the_sdks_own() -> None:
     assert Timeout().seconds(failures=0) == Timeout().seconds(failures=3) == UNKNOWN_S == 600.0
 
 
+@settings(deadline=None)
 @given(st.lists(SECONDS, min_size=1), st.integers(0, 5))
 def test_it_is_four_times_the_slowest_answer_and_never_under_5_s_and_doubles_at_each_retry(
     latencies: list[float], failures: int
@@ -26,6 +27,7 @@ def test_it_is_four_times_the_slowest_answer_and_never_under_5_s_and_doubles_at_
     assert timeout.seconds(failures) == timeout.seconds(failures=0) * 2**failures
 
 
+@settings(deadline=None)
 @given(SECONDS, st.integers(0, 9))
 def test_the_users_own_is_kept(latency_s: float, failures: int) -> None:
     timeout = Timeout(2.5)

@@ -1,0 +1,497 @@
+"""The sync door from everywhere: scripts, threads, running loops, forks; and the way out of it by Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+import llmframe
+from llmframe import engine, loops
+from tests.server import SimulatedServer
+
+STOPPED_S = 2.0  # from an interrupt to the exception
+SCRIPT_S = 60.0  # for a process on a machine that is busy with other tests
+ROOT = Path(__file__).resolve().parent.parent
+
+needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+needs_sigint = pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to one process here")
+
+
+def frame(rows: int, text: str = "row") -> pd.DataFrame:
+    return pd.DataFrame({"text": [f"{text} {i}" for i in range(rows)]})
+
+
+def answers(rows: int, text: str = "row") -> list[str]:
+    return [f"echo: {text} {i}" for i in range(rows)]
+
+
+keys = (f"sk-test-{number}" for number in itertools.count(10_000))
+
+
+def ask(server: SimulatedServer, source: pd.DataFrame, **keywords: Any) -> list[str]:
+    """Make a call with a key of its own, and so on a line that no test before has taught anything."""
+    keywords = {"model": "m", "base_url": server.base_url, "api_key": next(keys), **keywords}
+    out: pd.DataFrame = source.llm.complete("{text}", **keywords)
+    return out["response"].tolist()
+
+
+# ---- from where it is called
+
+
+def test_a_script_gets_its_answers(server: SimulatedServer) -> None:
+    assert ask(server, frame(3)) == answers(3)
+
+
+def test_a_worker_thread_gets_its_answers(server: SimulatedServer) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(ask, server, frame(3)).result() == answers(3)
+
+
+def test_threads_that_call_at_once_get_each_its_own_answers(server: SimulatedServer) -> None:
+    server.change(latency_s=0.05)
+    names = [f"thread {i}, row" for i in range(6)]
+    with ThreadPoolExecutor(len(names)) as pool:
+        got = list(pool.map(lambda name: ask(server, frame(20, name)), names))
+    assert got == [answers(20, name) for name in names]
+
+
+def test_all_calls_of_a_process_share_one_loop_and_its_connections(server: SimulatedServer) -> None:
+    for _ in range(5):
+        ask(server, frame(3), max_concurrency=1, api_key="sk-test-the-same")
+    assert server.stats().connections == 1
+
+
+def test_a_synchronous_call_inside_a_running_loop_gets_its_answers(server: SimulatedServer) -> None:
+    async def main() -> list[str]:
+        return ask(server, frame(3))
+
+    assert asyncio.run(main()) == answers(3)
+
+
+def test_a_call_inside_uvloop_gets_its_answers(server: SimulatedServer) -> None:
+    uvloop = pytest.importorskip("uvloop")
+
+    async def main() -> list[list[str]]:
+        awaited = await frame(3).llm.acomplete("{text}", model="m", base_url=server.base_url)
+        return [ask(server, frame(3)), awaited["response"].tolist()]
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(main()) == [answers(3)] * 2
+
+
+def test_acomplete_leaves_the_callers_loop_free(server: SimulatedServer) -> None:
+    async def main() -> list[str]:
+        call = asyncio.ensure_future(
+            frame(3, "[[sleep=0.3]] row").llm.acomplete("{text}", model="m", base_url=server.base_url)
+        )
+        turns = 0
+        while not call.done():
+            await asyncio.sleep(0.01)
+            turns += 1
+        assert turns > 5
+        return (await call)["response"].tolist()
+
+    assert asyncio.run(main()) == answers(3, "[[sleep=0.3]] row")
+
+
+def test_calls_awaited_together_get_each_its_own_answers(server: SimulatedServer) -> None:
+    names = [f"call {i}, row" for i in range(4)]
+
+    async def main() -> list[pd.DataFrame]:
+        calls = [frame(10, name).llm.acomplete("{text}", model="m", base_url=server.base_url) for name in names]
+        return await asyncio.gather(*calls)
+
+    assert [out["response"].tolist() for out in asyncio.run(main())] == [answers(10, name) for name in names]
+
+
+def _in_a_child(url: str, answers: Any) -> None:
+    out = frame(3).llm.complete("{text}", model="m", base_url=url)
+    answers.put(out["response"].tolist())
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_gets_its_answers_and_its_parent_goes_on(server: SimulatedServer) -> None:
+    assert ask(server, frame(3)) == answers(3)
+    context = multiprocessing.get_context("fork")
+    received = context.SimpleQueue()
+    child = context.Process(target=_in_a_child, args=(server.base_url, received))
+    child.start()
+    child.join(SCRIPT_S)
+    assert child.exitcode == 0
+    assert received.get() == answers(3)
+    assert ask(server, frame(5)) == answers(5)
+
+
+# ---- the end of a process
+
+
+def script(server: SimulatedServer, body: str, *flags: str, **environment: str) -> subprocess.Popen[str]:
+    """Start a script with a frame, ready to call; `ask(frame)` and `await aask(frame)` do."""
+    start = f"""
+        import asyncio, os, sys, threading, time
+        import pandas as pd, llmframe
+        def frame(rows, text="row"):
+            return pd.DataFrame({{"text": [f"{{text}} {{i}}" for i in range(rows)]}})
+        endpoint = dict(model="m", base_url={server.base_url!r}, api_key="sk-test-not-a-secret")
+        def ask(df, **keywords):
+            return df.llm.complete("{{text}}", **endpoint, **keywords)
+        def aask(df, **keywords):
+            return df.llm.acomplete("{{text}}", **endpoint, **keywords)
+    """
+    source = textwrap.dedent(start) + textwrap.dedent(body)
+    return subprocess.Popen(
+        [sys.executable, *flags, "-c", source],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Wait for a script; its exit code, what it printed and what it complained of."""
+    with process:
+        try:
+            printed, complained = process.communicate(timeout=SCRIPT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    return process.returncode, printed, complained
+
+
+EVERY_KIND_OF_CALL = """
+    ask(frame(3))
+    asyncio.run(aask(frame(3)))
+    thread = threading.Thread(target=ask, args=(frame(3),))
+    thread.start()
+    thread.join()
+    async def main():
+        ask(frame(3))
+    asyncio.run(main())
+    ask(frame(3), checkpoint=os.environ["CHECKPOINT"])
+    try:
+        ask(frame(3, "[[status=401]]"))
+    except llmframe.EndpointError:
+        pass
+"""
+A_CALL_THAT_GOES_ON = """
+    threading.Thread(target=ask, args=(frame(3, "[[hang_first=1]]"),), daemon=True).start()
+    while not (llmframe.runner._last and llmframe.runner._last._state.tally.in_flight):
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("body", [EVERY_KIND_OF_CALL, A_CALL_THAT_GOES_ON], ids=["after calls", "during a call"])
+def test_a_process_ends_in_silence(server: SimulatedServer, tmp_path: Path, body: str) -> None:
+    process = script(server, body, "-X", "dev", "-W", "error", CHECKPOINT=str(tmp_path / "runs"))
+    code, printed, complained = finish(process)
+    # asyncio's debug mode tells of callbacks of more than 0.1 s, which a busy machine has.
+    unasked = [line for line in complained.splitlines() if not line.startswith("Executing <")]
+    assert (code, printed, unasked) == (0, "", [])
+
+
+# ---- Ctrl-C in a process
+
+
+ANSWERED, IN_FLIGHT, ROWS = 12, 4, 40
+STANDSTILL = f"""
+    df = frame({ROWS})
+    df.loc[{ANSWERED}:{ANSWERED + IN_FLIGHT - 1}, "text"] += " [[hang_first=1]]"
+    keywords = dict(max_concurrency={IN_FLIGHT}, checkpoint=os.environ.get("CHECKPOINT"))
+"""
+
+
+def standing_frame() -> pd.DataFrame:
+    """Make in this process the frame of `STANDSTILL`."""
+    source = frame(ROWS)
+    source.loc[ANSWERED : ANSWERED + IN_FLIGHT - 1, "text"] += " [[hang_first=1]]"
+    return source
+
+
+def interrupt(server: SimulatedServer, process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Send SIGINT to a script that has come to a standstill; see `finish`."""
+    try:
+        server.wait_for(answered=ANSWERED, in_flight=IN_FLIGHT, timeout_s=SCRIPT_S)
+        process.send_signal(signal.SIGINT)
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        ended = finish(process)
+    return ended
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """What is left of a script that was interrupted."""
+
+    code: int
+    printed: str
+    last_line: str
+    checkpoint: Path
+    saved: int
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SimulatedServer, Stopped]]:
+    """A script that was interrupted within `except Exception`, and the server it sent to."""
+    checkpoint = tmp_path_factory.mktemp("stopped") / "runs"
+    body = f"""{STANDSTILL}
+    try:
+        ask(df, **keywords)
+    except Exception:
+        print("swallowed")
+    """
+    with SimulatedServer() as server:
+        code, printed, complained = interrupt(server, script(server, body, CHECKPOINT=str(checkpoint)))
+        saved = llmframe.read_checkpoint(checkpoint)
+        yield server, Stopped(code, printed, complained.splitlines()[-1], checkpoint, (saved["status"] == "ok").sum())
+
+
+@needs_sigint
+def test_ctrl_c_ends_a_script_with_a_message_that_says_how_to_go_on(stopped: tuple[SimulatedServer, Stopped]) -> None:
+    _, script = stopped
+    assert script.code != 0
+    assert script.last_line == (
+        f"llmframe.errors.Interrupted: interrupted ({ANSWERED} of {ROWS} rows are done; "
+        f"the same call goes on from {script.checkpoint})"
+    )
+
+
+@needs_sigint
+def test_except_exception_does_not_swallow_ctrl_c(stopped: tuple[SimulatedServer, Stopped]) -> None:
+    _, script = stopped
+    assert script.printed == ""
+
+
+@needs_sigint
+def test_what_was_answered_before_ctrl_c_is_in_the_checkpoint_and_never_asked_again(
+    stopped: tuple[SimulatedServer, Stopped],
+) -> None:
+    server, script = stopped
+    assert script.saved == ANSWERED
+    ask(server, standing_frame(), checkpoint=script.checkpoint)
+    answered = server.answered_by_content()
+    assert len(answered) == ROWS
+    assert set(answered.values()) == {1}
+
+
+@needs_sigint
+@pytest.mark.parametrize("call", ["await aask(df, **keywords)", "ask(df, **keywords)"], ids=["acomplete", "complete"])
+def test_ctrl_c_ends_asyncio_run_and_what_was_answered_is_kept(
+    server: SimulatedServer, tmp_path: Path, call: str
+) -> None:
+    body = f"""{STANDSTILL}
+    async def main():
+        {call}
+    asyncio.run(main())
+    """
+    process = script(server, body, CHECKPOINT=str(tmp_path / "runs"))
+    code, _, complained = interrupt(server, process)
+    assert code != 0
+    assert "Interrupt" in complained
+    assert "never retrieved" not in complained
+    assert "was destroyed" not in complained
+    assert (llmframe.read_checkpoint(tmp_path / "runs")["status"] == "ok").sum() == ANSWERED
+
+
+@needs_sigint
+def test_a_second_ctrl_c_does_not_wait_for_what_is_in_flight(server: SimulatedServer, tmp_path: Path) -> None:
+    body = f"""{STANDSTILL}
+    llmframe.engine.GRACE_S = {SCRIPT_S}
+    ask(df, **keywords)
+    """
+    process = script(server, body, CHECKPOINT=str(tmp_path / "runs"))
+    server.wait_for(answered=ANSWERED, in_flight=IN_FLIGHT, timeout_s=SCRIPT_S)
+    began = time.monotonic()
+    while process.poll() is None and time.monotonic() - began < STOPPED_S:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)  # two that come together are one to the process
+    code, _, complained = finish(process)
+    assert code != 0
+    assert "Interrupted" in complained
+    assert (llmframe.read_checkpoint(tmp_path / "runs")["status"] == "ok").sum() == ANSWERED
+
+
+# ---- an interrupt in this process
+
+
+@contextmanager
+def interrupted_when(condition: Callable[[], bool]) -> Iterator[list[float]]:
+    """Interrupt the main thread as soon as something is so; gives when that was."""
+    began: list[float] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not condition():
+            if over.wait(0.01):
+                return
+        began.append(time.monotonic())
+        signal.raise_signal(signal.SIGINT) if sys.platform == "win32" else os.kill(os.getpid(), signal.SIGINT)
+
+    watcher = threading.Thread(target=watch, name="watcher")
+    watcher.start()
+    try:
+        yield began
+    finally:
+        over.set()
+        watcher.join()
+
+
+def failed(kind: str) -> Callable[[], bool]:
+    """Give a condition: the run that goes on has met such a failure."""
+    before = llmframe.runner._last
+
+    def look() -> bool:
+        run = llmframe.runner._last
+        return run is not None and run is not before and run._state.tally.failures[kind] > 0
+
+    return look
+
+
+def stop_in_time(server: SimulatedServer, source: pd.DataFrame, kind: str, **keywords: Any) -> llmframe.Interrupted:
+    """Make a call, interrupt it at the first such failure, and give what it raised."""
+    with interrupted_when(failed(kind)) as began, pytest.raises(llmframe.Interrupted) as stopped:
+        ask(server, source, **keywords)
+    assert time.monotonic() - began[0] < STOPPED_S
+    return stopped.value
+
+
+@pytest.mark.parametrize("max_concurrency", [None, 1])
+def test_an_interrupt_ends_the_wait_for_a_retry_after_of_a_minute(
+    server: SimulatedServer, max_concurrency: int | None
+) -> None:
+    server.change(status_all=429, retry_after="seconds", retry_after_s=60.0)
+    stop_in_time(server, frame(5), "rate limit", max_concurrency=max_concurrency)
+
+
+def test_an_interrupt_ends_the_wait_for_an_endpoint_that_is_down(server: SimulatedServer) -> None:
+    server.change(status_all=503)
+    stop_in_time(server, frame(5), "server error")
+
+
+def test_an_interrupt_ends_the_wait_for_an_endpoint_that_takes_no_connections(server: SimulatedServer) -> None:
+    server.kill()
+    stop_in_time(server, frame(5), "connection")
+
+
+@pytest.fixture
+def standstill(server: SimulatedServer) -> Callable[[], bool]:
+    """A condition: the server has come to the rows that hang."""
+
+    def reached() -> bool:
+        stats = server.stats()
+        return stats.answered == ANSWERED and stats.in_flight == IN_FLIGHT
+
+    return reached
+
+
+def test_what_was_answered_before_an_interrupt_is_in_its_frame(
+    server: SimulatedServer, standstill: Callable[[], bool]
+) -> None:
+    with interrupted_when(standstill), pytest.raises(llmframe.Interrupted) as stopped:
+        ask(server, standing_frame(), max_concurrency=IN_FLIGHT)
+    out = stopped.value.frame
+    assert out is not None
+    assert out["response"].dropna().tolist() == answers(ANSWERED)
+    assert out["response_status"].tolist() == ["ok"] * ANSWERED + ["pending"] * (ROWS - ANSWERED)
+
+
+def test_an_answer_that_comes_within_a_second_of_an_interrupt_is_kept(server: SimulatedServer, tmp_path: Path) -> None:
+    source = frame(IN_FLIGHT, "[[sleep=0.5]] row")
+    keywords: dict[str, Any] = {"checkpoint": tmp_path / "runs"}
+    with (
+        interrupted_when(lambda: server.stats().in_flight == IN_FLIGHT),
+        pytest.raises(llmframe.Interrupted) as stopped,
+    ):
+        ask(server, source, **keywords)
+    assert stopped.value.frame is not None
+    assert (stopped.value.frame["response_status"] == "ok").all()
+    assert ask(server, source, **keywords) == answers(IN_FLIGHT, "[[sleep=0.5]] row")
+    assert server.stats().answered == IN_FLIGHT
+
+
+def test_whatever_a_signal_handler_raises_stops_the_run(
+    server: SimulatedServer, standstill: Callable[[], bool], tmp_path: Path
+) -> None:
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(143)
+
+    previous = signal.signal(signal.SIGINT, leave)
+    try:
+        with interrupted_when(standstill), pytest.raises(SystemExit):
+            ask(server, standing_frame(), max_concurrency=IN_FLIGHT, checkpoint=tmp_path / "runs")
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert (llmframe.read_checkpoint(tmp_path / "runs")["status"] == "ok").sum() == ANSWERED
+    assert server.wait_for(in_flight=0).answered == ANSWERED
+
+
+def _tasks() -> set[asyncio.Task[Any]]:
+    loop = loops.background_loop()
+
+    async def look() -> set[asyncio.Task[Any]]:
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    return asyncio.run_coroutine_threadsafe(look(), loop).result(STOPPED_S)
+
+
+def test_an_interrupt_leaves_no_task_and_no_thread_behind(
+    server: SimulatedServer, standstill: Callable[[], bool], tmp_path: Path
+) -> None:
+    ask(server, frame(ROWS), checkpoint=tmp_path / "other")
+    server.reset()
+    threads = {thread.name for thread in threading.enumerate()}
+
+    with interrupted_when(standstill), pytest.raises(llmframe.Interrupted):
+        ask(server, standing_frame(), max_concurrency=IN_FLIGHT, checkpoint=tmp_path / "runs")
+
+    assert {thread.name for thread in threading.enumerate()} <= threads
+    assert _tasks() == set()
+
+
+def test_the_handler_of_ctrl_c_is_what_it_was_after_a_call_in_a_running_loop(server: SimulatedServer) -> None:
+    async def main() -> bool:
+        before = signal.getsignal(signal.SIGINT)
+        ask(server, frame(1))
+        return signal.getsignal(signal.SIGINT) is before
+
+    assert asyncio.run(main())
+
+
+def test_a_cancelled_acomplete_has_unwound_when_it_raises(
+    server: SimulatedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "GRACE_S", 0.0)
+
+    async def main() -> None:
+        call = asyncio.ensure_future(
+            standing_frame().llm.acomplete("{text}", model="m", base_url=server.base_url, api_key=next(keys))
+        )
+        await server.until(answered=ROWS - IN_FLIGHT, in_flight=IN_FLIGHT)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    asyncio.run(main())
+    assert _tasks() == set()
+    assert server.wait_for(in_flight=0).answered == ROWS - IN_FLIGHT
