@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from llmframe import runner
-from llmframe.errors import ConfigurationError
+from llmframe.errors import TemplateError
 from llmframe.options import Options, call_options, gather, method_takes_options
 from llmframe.planning import select
 from llmframe.prompts import Missing, Prompt, Prompts
@@ -134,7 +134,7 @@ class LLMFrame:
         """
         prompts, options = self._call(prompt, keywords)
         selected = select(self._frame, options)
-        made = [None if isinstance(one, Missing) else one for one in prompts.render()]
+        made = [None if isinstance(one, Missing) else one for one in prompts.render(wanted=selected)]
         cells = [one if chosen else None for one, chosen in zip(made, selected.tolist(), strict=True)]
         return pd.Series(typed(cells, object), index=self._frame.index, name="messages")
 
@@ -170,12 +170,10 @@ class LLMSeries:
         >>> pd.Series(["It is a joy."]).llm.complete("Good or bad? {}", schema=["good", "bad"], model="local").tolist()
         ['good']
         """
-        if not isinstance(prompt, str) or "{}" not in prompt:
-            raise ConfigurationError(f"the prompt {prompt!r:.60} has no {{}} for the value, as in 'Translate: {{}}'")
-        name = "value" if self._series.name is None else self._series.name
-        frame = self._series.to_frame(name)
+        if not isinstance(prompt, str) or "{" not in prompt:
+            raise TemplateError(f"the prompt {prompt!r:.60} has no {{}} for the value, as in 'Translate: {{}}'")
         options = gather(keywords)
-        template = prompt.replace("{}", "{" + str(name) + "}")
-        prompts = Prompts(frame, template, system=options.system, examples=options.examples, na=options.na)
-        out = runner.complete(prompts, options).frame()
-        return out[options.output]
+        # The values are a column without a name, which is what {} and {:.2f} name.
+        frame = self._series.to_frame("")
+        prompts = Prompts(frame, prompt, system=options.system, examples=options.examples, na=options.na)
+        return runner.complete(prompts, options).frame()[options.output]

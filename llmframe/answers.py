@@ -53,10 +53,10 @@ def read_chat(
     *,
     schema: Labels | None,
     price: PriceOf | None,
+    several: bool,
     latency_s: float,
     attempts: int,
     request_id: str | None,
-    several: bool | None = None,
 ) -> Completion | None:
     """Read a chat completion.
 
@@ -68,14 +68,14 @@ def read_chat(
         What the answer has to fit.
     price : callable, optional
         Gives what the usage costs.
+    several : bool
+        Whether ``n=`` asked for a list of answers, however many came.
     latency_s : float
         What the attempt took.
     attempts : int
         Requests sent for the row.
     request_id : str, optional
         As the endpoint named it.
-    several : bool, optional
-        Whether ``n=`` asked for a list of answers, however many came; without it, a list where more than one came.
 
     Returns
     -------
@@ -89,7 +89,7 @@ def read_chat(
     read = [_read_choice(choice, schema) for choice in choices]
     text: Any
     text, parsed, status, error = read[0]
-    if len(read) > 1 if several is None else several:
+    if several:
         text, parsed = [one[0] for one in read], [one[1] for one in read]
         status = max((one[2] for one in read), key=STATUSES.index)
         error = next(one[3] for one in read if one[2] == status)

@@ -42,6 +42,7 @@ WHOLE_BYTES = 32 << 20  # a part this large stays as it is: rewriting it would m
 MERGE_BYTES = 4 * WHOLE_BYTES  # what one merge takes on, and so what it may hold of memory
 HANDFUL = 4  # the parts of its own a closed checkpoint leaves, the large ones aside
 SHORT_CHARACTERS = 40  # of a parameter's value: worth showing when it changes
+OTHER_ROWS = "the rows have changed since"  # what differs where all else is the same
 CROWD = 64  # parts of the dead that make opening slow enough to tidy first
 
 _PART = re.compile(r"part-(?P<writer>[0-9a-f]+)-[0-9]+\.parquet")
@@ -511,7 +512,7 @@ def _difference(then: Origin, now: Origin) -> str:
         old, new = _parameters(then), _parameters(now)
         names = sorted(old.keys() | new.keys())
         said += [_parameter(name, old, new) for name in names if old.get(name) != new.get(name)]
-    return "; ".join(said) or "the rows have changed since"
+    return "; ".join(said) or OTHER_ROWS
 
 
 def _parameters(origin: Origin) -> dict[str, object]:

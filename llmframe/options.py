@@ -70,6 +70,8 @@ class Options:
             raise ConfigurationError(f"model={self.model!r} is no model's name; pass text")
         if not isinstance(self.output, str) or not self.output:
             raise ConfigurationError(f"output={self.output!r} is no column name; pass text")
+        if self.checkpoint is not None and not isinstance(self.checkpoint, str | os.PathLike):
+            raise ConfigurationError(f"checkpoint={self.checkpoint!r} is no directory; pass a path or an fsspec URL")
         _check_count("max_attempts", self.max_attempts)
         if self.max_concurrency is not None:
             _check_count("max_concurrency", self.max_concurrency)

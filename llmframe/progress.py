@@ -106,15 +106,16 @@ class Bar:
     def draw(self) -> None:
         """Bring the bar up to date, where that is due."""
         if self._bar is not None and time.monotonic() - self._drawn >= DRAW_S:
-            self._draw()
+            self._update()
+            self._bar.refresh()
 
     def close(self) -> None:
         """Draw the last state, with the rate over the whole run, and let the bar stand."""
         if self._bar is not None:
-            self._draw()
+            self._update()
             self._bar.close()
 
-    def _draw(self) -> None:
+    def _update(self) -> None:
         state, course = self._state, self._course
         self._drawn = now = time.monotonic()
         while state.ended is None and len(course) > 1 and now - course[0][0] > RATE_S:
@@ -126,7 +127,6 @@ class Bar:
         room = columns - taken if isinstance(columns, int) else math.inf
         self._bar.n = state.rows_done
         self._bar.bar_format = _layout(words(state, rate=(state.rows_done - before) / (now - then), room=room))
-        self._bar.refresh()
 
 
 class _Tqdm(tqdm):  # type: ignore[type-arg]

@@ -61,14 +61,21 @@ class Requests:
         for name in params.keys() & OURS:
             raise ConfigurationError(f"extra_body= has {name!r}, which is made here for each row; leave it out")
         plain = {name: plain_json(value, name, ConfigurationError) for name, value in params.items()}
-        meant: dict[str, Any] = {"params": _integral(plain), "schema": schema}
-        self.parameters = canonical(meant).decode()
+        asked = _integral(plain)
+        self.parameters = canonical({**asked, **(schema or {})}).decode()
         body = dict(plain)
         if response_format is not None:
             body["response_format"] = response_format
         self._head = b'{"model":' + orjson.dumps(model) + b',"messages":'
         self._tail = b"," + orjson.dumps(body)[1:] if body else b"}"
-        meant.update(version=CANONICAL_VERSION, endpoint=endpoint, api="chat", model=model)
+        meant = {
+            "version": CANONICAL_VERSION,
+            "endpoint": endpoint,
+            "api": "chat",
+            "model": model,
+            "params": asked,
+            "schema": schema,
+        }
         self._meant = hashlib.sha256(canonical(meant) + b"\n")
 
     def body(self, messages: Messages) -> bytes:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmframe import answers, endpoint, loops
-from llmframe.checkpoint import Checkpoint, Origin
+from llmframe.checkpoint import OTHER_ROWS, Checkpoint, Origin
 from llmframe.endpoint import Endpoint, Extras
 from llmframe.engine import Crew, Policy
 from llmframe.errors import CheckpointError, ConfigurationError, Interrupted, LLMFrameError, RowFailed
@@ -31,7 +31,7 @@ from llmframe.prompts import Missing, Prompts
 from llmframe.report import Run
 from llmframe.requests import Requests
 from llmframe.results import PAID, Completion, Usage
-from llmframe.schemas import Labels, read_schema
+from llmframe.schemas import Labels, Unfit, read_schema
 from llmframe.state import State
 
 LOCAL = "local"  # the model= that means the embedded one
@@ -179,14 +179,14 @@ def prepare(prompts: Prompts, options: Options) -> Prepared:
 
 def _recall(prepared: Prepared) -> None:
     """Take what the checkpoint holds, and say what it is before anything is asked."""
-    state, checkpoint = prepared.state, prepared.checkpoint
+    state, checkpoint, quiet = prepared.state, prepared.checkpoint, prepared.quiet
     total = len(state.plan.keys)
     if checkpoint is None:
         if total > WORTH_SAVING:
             say(
                 f"{total:,} requests without a checkpoint; with checkpoint='runs/name' an interrupted run would go on "
                 "where it stopped, and no answer would be paid for twice",
-                quiet=prepared.quiet,
+                quiet=quiet,
             )
         return
     shared = rows_of(state.plan)
@@ -194,26 +194,36 @@ def _recall(prepared: Prepared) -> None:
     if not state.options.refresh:
         wanted = {key: number for number, key in enumerate(state.plan.keys)}
         for number, completion in checkpoint.find(wanted):
-            state.outcomes[number] = _reread(completion, state.schema)
+            kept = _reread(completion, state.schema)
+            if kept is None or (kept.text is None and state.options.where == "missing"):
+                continue  # a refusal is kept as what it is, until a call asks for what has no answer
+            state.outcomes[number] = kept
             state.rows_done += shared[number]
             found += 1
     where = state.options.checkpoint
     if found:
         rest = f"asking {total - found:,}" if found < total else "nothing to ask"
-        say(f"{found:,} of {total:,} answers are in {where}; {rest}", quiet=prepared.quiet)
+        say(f"{found:,} of {total:,} answers are in {where}; {rest}", quiet=quiet)
     elif not state.options.refresh and total and checkpoint.held:
         why = checkpoint.differs()
-        detail = f": {why}" if why else ""
-        warn(f"0 of {checkpoint.held:,} answers in {where} fit{detail}; asking {total:,}")
+        if why in (None, OTHER_ROWS):  # the other half of a frame, as often as not
+            say(f"none of the {checkpoint.held:,} answers in {where} is for these rows; asking {total:,}", quiet=quiet)
+        else:
+            warn(f"0 of {checkpoint.held:,} answers in {where} fit: {why}; asking {total:,}")
 
 
-def _reread(completion: Completion, schema: Labels | None) -> Completion:
-    """Read a kept answer by the schema again: what it reads is not kept."""
+def _reread(completion: Completion, schema: Labels | None) -> Completion | None:
+    """Read a kept answer by the schema again, since what it reads is not kept; None where it does not fit."""
     if schema is None or completion.text is None:
         return completion
-    if isinstance(completion.text, list):
-        return replace(completion, parsed=[None if text is None else schema.read(text) for text in completion.text])
-    return replace(completion, parsed=schema.read(completion.text)) if completion.status == "ok" else completion
+    try:
+        if isinstance(completion.text, list):
+            parsed: Any = [None if text is None else schema.read(text) for text in completion.text]
+        else:
+            parsed = schema.read(completion.text)
+    except Unfit:
+        return None
+    return replace(completion, parsed=parsed)
 
 
 async def execute(prepared: Prepared) -> None:
@@ -290,11 +300,17 @@ def _bodies(prepared: Prepared, asked: npt.NDArray[np.intp]) -> Iterator[tuple[i
 
 
 def _reader(prepared: Prepared) -> Any:
-    schema, price = prepared.state.schema, prepared.price
+    schema, price, several = prepared.state.schema, prepared.price, prepared.state.options.several
 
     def read(payload: Any, *, latency_s: float, attempts: int, request_id: str | None) -> Completion | None:
         return answers.read_chat(
-            payload, schema=schema, price=price, latency_s=latency_s, attempts=attempts, request_id=request_id
+            payload,
+            schema=schema,
+            price=price,
+            several=several,
+            latency_s=latency_s,
+            attempts=attempts,
+            request_id=request_id,
         )
 
     return read
@@ -320,7 +336,7 @@ def _deliverer(prepared: Prepared) -> Callable[[int, Completion], None]:
             checkpoint.add(state.plan.keys[number], completion)
         if completion.status == "failed" and state.options.on_error == "raise":
             position = int(state.plan.first[number])
-            label = state.source.index[position]
+            label = state.source.index[[position]].tolist()[0]  # Python's own type, as `tolist` gives it
             raise RowFailed(
                 f"row {position} (label {label!r}) failed: {completion.error}", position=position, label=label
             )

@@ -19,7 +19,7 @@ PRICE = Prices(1.0, 2.0, 0.5)
 CALLS = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
 
 
-def read(payload: Any, schema: Labels | None = None, several: bool | None = None) -> Completion | None:
+def read(payload: Any, schema: Labels | None = None, several: bool = False) -> Completion | None:
     return read_chat(
         payload, schema=schema, price=PRICE, latency_s=0.5, attempts=2, request_id="req_1", several=several
     )
@@ -27,7 +27,7 @@ def read(payload: Any, schema: Labels | None = None, several: bool | None = None
 
 def answer(*messages: Any, finish: Any = "stop", schema: Labels | None = None, **top: Any) -> Completion:
     choices = [{"index": n, "message": message, "finish_reason": finish} for n, message in enumerate(messages)]
-    completion = read({"choices": choices, **top}, schema)
+    completion = read({"choices": choices, **top}, schema, several=len(choices) > 1)
     assert completion is not None
     return completion
 
@@ -157,8 +157,8 @@ def test_several_answers_are_a_list_with_the_worst_of_their_statuses() -> None:
 def test_whether_the_answer_is_a_list_is_for_the_call_to_say_and_not_for_the_server() -> None:
     one = {"choices": [{"message": {"content": "a"}}]}
     two = {"choices": [{"message": {"content": "a"}}, {"message": {"content": "b"}}]}
-    texts = [made.text for made in (read(one, several=True), read(two, several=False), read(two)) if made is not None]
-    assert texts == [["a"], "a", ["a", "b"]]
+    texts = [made.text for made in (read(one, several=True), read(two, several=False)) if made is not None]
+    assert texts == [["a"], "a"]
 
 
 # ---- no answer at all

@@ -19,8 +19,9 @@ from llmframe.endpoint import resolve
 from llmframe.engine import ALIKE, Crew, Job, Policy, Read, Tally
 from llmframe.errors import EndpointError
 from llmframe.lines import close_lines, line_to
-from llmframe.pacing import START, Caps
+from llmframe.pacing import Caps
 from llmframe.results import Completion
+from llmframe.window import START
 from tests.server import SimulatedServer
 
 KEY = "sk-a-key-of-no-worth"
@@ -40,7 +41,7 @@ def rows(count: int) -> list[str]:
 def read(payload: object, *, latency_s: float, attempts: int, request_id: str | None) -> Completion | None:
     assert isinstance(payload, dict)
     return answers.read_chat(
-        payload, schema=None, price=None, latency_s=latency_s, attempts=attempts, request_id=request_id
+        payload, schema=None, price=None, several=False, latency_s=latency_s, attempts=attempts, request_id=request_id
     )
 
 

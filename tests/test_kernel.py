@@ -250,8 +250,11 @@ def test_a_cell_interrupted_twice_in_a_row_ends_and_the_next_call_works(
     assert set(server.answered_by_content().values()) == {1}
 
 
-def test_an_interrupt_in_a_cell_says_how_to_go_on(kernel: Kernel, server: SimulatedServer, tmp_path: Path) -> None:
-    stopped = _interrupt_in_the_middle(kernel, server, _cell(SYNC, tmp_path / "runs"))
+@CALLS
+def test_an_interrupt_in_a_cell_says_how_to_go_on(
+    kernel: Kernel, server: SimulatedServer, tmp_path: Path, call: str
+) -> None:
+    stopped = _interrupt_in_the_middle(kernel, server, _cell(call, tmp_path / "runs"))
     assert f"{ANSWERED} of {ROWS} rows are done" in stopped.message
     assert f"the same call goes on from {tmp_path / 'runs'}" in stopped.message
 

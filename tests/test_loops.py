@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2
+import openai
 import pandas as pd
 import pytest
 
@@ -40,6 +42,11 @@ def frame(rows: int, text: str = "row") -> pd.DataFrame:
 
 def answers(rows: int, text: str = "row") -> list[str]:
     return [f"echo: {text} {i}" for i in range(rows)]
+
+
+def saved_in(checkpoint: Path) -> int:
+    """Count the answers in a checkpoint."""
+    return int((llmframe.read_checkpoint(checkpoint)["status"] == "ok").sum())
 
 
 keys = (f"sk-test-{number}" for number in itertools.count(10_000))
@@ -193,23 +200,18 @@ EVERY_KIND_OF_CALL = """
     except llmframe.EndpointError:
         pass
 """
-A_CALL_THAT_GOES_ON = """
-    threading.Thread(target=ask, args=(frame(3, "[[hang_first=1]]"),), daemon=True).start()
-    while not (llmframe.runner._last and llmframe.runner._last._state.tally.in_flight):
-        time.sleep(0.01)
-"""
 
 
-@pytest.mark.parametrize("body", [EVERY_KIND_OF_CALL, A_CALL_THAT_GOES_ON], ids=["after calls", "during a call"])
-def test_a_process_ends_in_silence(server: SimulatedServer, tmp_path: Path, body: str) -> None:
-    process = script(server, body, "-X", "dev", "-W", "error", CHECKPOINT=str(tmp_path / "runs"))
+def silent(complained: str) -> bool:
+    """Whether a process in asyncio's debug mode had nothing to complain of but slow callbacks on a busy machine."""
+    return all(line.startswith("Executing <") for line in complained.splitlines())
+
+
+def test_a_process_ends_in_silence(server: SimulatedServer, tmp_path: Path) -> None:
+    process = script(server, EVERY_KIND_OF_CALL, "-X", "dev", "-W", "error", CHECKPOINT=str(tmp_path / "runs"))
     code, printed, complained = finish(process)
-    # asyncio's debug mode tells of callbacks of more than 0.1 s, which a busy machine has.
-    unasked = [line for line in complained.splitlines() if not line.startswith("Executing <")]
-    assert (code, printed, unasked) == (0, "", [])
-
-
-# ---- Ctrl-C in a process
+    assert (code, printed) == (0, "")
+    assert silent(complained), complained
 
 
 ANSWERED, IN_FLIGHT, ROWS = 12, 4, 40
@@ -218,6 +220,38 @@ STANDSTILL = f"""
     df.loc[{ANSWERED}:{ANSWERED + IN_FLIGHT - 1}, "text"] += " [[hang_first=1]]"
     keywords = dict(max_concurrency={IN_FLIGHT}, checkpoint=os.environ.get("CHECKPOINT"))
 """
+
+
+def test_a_process_that_ends_in_the_middle_of_a_call_saves_what_was_answered_in_silence(
+    server: SimulatedServer, tmp_path: Path
+) -> None:
+    body = f"""{STANDSTILL}
+    threading.Thread(target=ask, args=(df,), kwargs=keywords, daemon=True).start()
+    while not llmframe.runner._last or llmframe.last_run().counts.get("ok") != {ANSWERED}:
+        time.sleep(0.01)
+    """
+    process = script(server, body, "-X", "dev", "-W", "error", CHECKPOINT=str(tmp_path / "runs"))
+    code, printed, complained = finish(process)
+    assert (code, printed) == (0, "")
+    assert silent(complained), complained
+    assert saved_in(tmp_path / "runs") == ANSWERED
+
+
+def test_a_call_in_a_thread_goes_on_when_the_main_thread_has_ended(server: SimulatedServer, tmp_path: Path) -> None:
+    body = """
+    def work():
+        threading.main_thread().join()
+        ask(frame(3), checkpoint=os.environ["CHECKPOINT"])
+        asyncio.run(aask(frame(5), checkpoint=os.environ["CHECKPOINT"]))
+    threading.Thread(target=work).start()
+    """
+    process = script(server, body, CHECKPOINT=str(tmp_path / "runs"))
+    code, _, complained = finish(process)
+    assert (code, complained) == (0, f"llmframe: 3 of 5 answers are in {tmp_path / 'runs'}; asking 2\n")
+    assert saved_in(tmp_path / "runs") == 5
+
+
+# ---- Ctrl-C in a process
 
 
 def standing_frame() -> pd.DataFrame:
@@ -263,8 +297,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Simulate
     """
     with SimulatedServer() as server:
         code, printed, complained = interrupt(server, script(server, body, CHECKPOINT=str(checkpoint)))
-        saved = llmframe.read_checkpoint(checkpoint)
-        yield server, Stopped(code, printed, complained.splitlines()[-1], checkpoint, (saved["status"] == "ok").sum())
+        yield server, Stopped(code, printed, complained.splitlines()[-1], checkpoint, saved_in(checkpoint))
 
 
 @needs_sigint
@@ -311,7 +344,7 @@ def test_ctrl_c_ends_asyncio_run_and_what_was_answered_is_kept(
     assert "Interrupt" in complained
     assert "never retrieved" not in complained
     assert "was destroyed" not in complained
-    assert (llmframe.read_checkpoint(tmp_path / "runs")["status"] == "ok").sum() == ANSWERED
+    assert saved_in(tmp_path / "runs") == ANSWERED
 
 
 @needs_sigint
@@ -329,7 +362,7 @@ def test_a_second_ctrl_c_does_not_wait_for_what_is_in_flight(server: SimulatedSe
     code, _, complained = finish(process)
     assert code != 0
     assert "Interrupted" in complained
-    assert (llmframe.read_checkpoint(tmp_path / "runs")["status"] == "ok").sum() == ANSWERED
+    assert saved_in(tmp_path / "runs") == ANSWERED
 
 
 # ---- an interrupt in this process
@@ -442,7 +475,7 @@ def test_whatever_a_signal_handler_raises_stops_the_run(
             ask(server, standing_frame(), max_concurrency=IN_FLIGHT, checkpoint=tmp_path / "runs")
     finally:
         signal.signal(signal.SIGINT, previous)
-    assert (llmframe.read_checkpoint(tmp_path / "runs")["status"] == "ok").sum() == ANSWERED
+    assert saved_in(tmp_path / "runs") == ANSWERED
     assert server.wait_for(in_flight=0).answered == ANSWERED
 
 
@@ -495,3 +528,39 @@ def test_a_cancelled_acomplete_has_unwound_when_it_raises(
     asyncio.run(main())
     assert _tasks() == set()
     assert server.wait_for(in_flight=0).answered == ROWS - IN_FLIGHT
+
+
+def test_a_cancelled_acomplete_says_how_to_go_on_and_has_the_frame_so_far(
+    server: SimulatedServer, tmp_path: Path
+) -> None:
+    async def main() -> asyncio.CancelledError:
+        keywords = {"model": "m", "base_url": server.base_url, "checkpoint": tmp_path / "runs", "max_concurrency": 4}
+        call = asyncio.ensure_future(standing_frame().llm.acomplete("{text}", api_key=next(keys), **keywords))
+        await server.until(answered=ANSWERED, in_flight=IN_FLIGHT)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError) as cancelled:
+            await call
+        return cancelled.value
+
+    error: Any = asyncio.run(main())
+    assert str(error) == (
+        f"cancelled ({ANSWERED} of {ROWS} rows are done; the same call goes on from {tmp_path / 'runs'})"
+    )
+    assert error.frame["response"].dropna().tolist() == answers(ANSWERED)
+
+
+def test_a_client_of_a_loop_that_cannot_be_patched_is_told_the_way_out(server: SimulatedServer, tmp_path: Path) -> None:
+    uvloop = pytest.importorskip("uvloop")
+
+    async def main() -> None:
+        async with httpx2.AsyncClient() as own:
+            client = openai.AsyncOpenAI(base_url=server.base_url, http_client=own)
+            frame(3).llm.complete("{text}", model="m", client=client, checkpoint=tmp_path / "runs")
+
+    with (
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+        pytest.raises(llmframe.ConfigurationError) as told,
+    ):
+        runner.run(main())
+    assert str(told.value).endswith("write `await df.llm.acomplete(...)`, or leave client= out")
+    assert not (tmp_path / "runs").exists()

@@ -7,6 +7,7 @@ import inspect
 import re
 import string
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,8 @@ def test_options_show_no_key() -> None:
         ("output", 5, "output=5 is no column name"),
         ("model", 5, "model=5 is no model's name"),
         ("model", "", "model='' is no model's name"),
+        ("checkpoint", 5, "checkpoint=5 is no directory"),
+        ("checkpoint", True, "checkpoint=True is no directory"),
         *(("max_attempts", value, "has to be a whole number of at least 1") for value in (0, -1, 1.5, "8", None, True)),
         *(("max_concurrency", value, "has to be a whole number of at least 1") for value in (0, 2.0, "1", True)),
         *(
@@ -154,6 +157,7 @@ def test_a_value_that_a_keyword_cannot_have_is_refused(name: str, value: Any, sa
         ("timeout", np.float32(2.5)),
         ("max_concurrency", np.int64(4)),
         ("output", "größe"),
+        ("checkpoint", Path("runs/x")),
     ],
 )
 def test_a_value_that_a_keyword_can_have_is_kept(name: str, value: Any) -> None:

@@ -23,7 +23,9 @@ def imports_of(path: Path) -> set[str]:
     """The modules of the package that a module imports when it is imported, those for types alone left out."""
     tree = ast.parse(path.read_text())
     typing_only = {
-        node for block in ast.walk(tree) if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.dump(block.test)
+        node
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.dump(block.test)
         for node in ast.walk(block)
     }
     found: set[str] = set()

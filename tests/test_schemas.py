@@ -166,7 +166,9 @@ def test_the_column_of_labels_is_a_category_in_the_order_given() -> None:
     assert not Labels(("b", "a")).dtype.ordered
 
 
-@pytest.mark.parametrize(("output", "name"), [("sentiment", "sentiment"), ("ist es gut?", "label"), ("a" * 65, "label")])
+@pytest.mark.parametrize(
+    ("output", "name"), [("sentiment", "sentiment"), ("ist es gut?", "label"), ("a" * 65, "label")]
+)
 def test_the_model_is_told_what_the_labels_are_of(output: str, name: str) -> None:
     labels = read_schema(["positive", "negative"], output)
     assert labels is not None

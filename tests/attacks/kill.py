@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import multiprocessing.forkserver
 import os
 import random
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pandas as pd
 
 import llmframe
-from llmframe import checkpoint as checkpoint_module
+from llmframe import checkpoint
 from tests.server import SimulatedServer, content_key
 
 MODEL = "m"
@@ -50,24 +48,24 @@ class Attack:
         Seconds between flushes; fewer of them make more moments in which a flush or a merge goes on.
     """
 
-    rows: int = 300
-    concurrency: int = 8
-    flush_s: float = checkpoint_module.FLUSH_S
+    rows: int
+    concurrency: int = 6
+    flush_s: float = checkpoint.FLUSH_S
 
     def call(self, url: str, directory: Path) -> pd.DataFrame:
         """Make the call."""
-        checkpoint_module.FLUSH_S = self.flush_s
         frame = pd.DataFrame({"text": self.texts})
-        out: pd.DataFrame = frame.llm.complete(
-            "{text}",
-            model=MODEL,
-            base_url=url,
-            api_key="sk-test-not-a-secret",
-            max_concurrency=self.concurrency,
-            checkpoint=directory,
-            details=True,
-            progress=False,
-        )
+        with patch.object(checkpoint, "FLUSH_S", self.flush_s):
+            out: pd.DataFrame = frame.llm.complete(
+                "{text}",
+                model=MODEL,
+                base_url=url,
+                api_key="sk-test-not-a-secret",
+                max_concurrency=self.concurrency,
+                checkpoint=directory,
+                details=True,
+                progress=False,
+            )
         return out
 
     @property
@@ -78,7 +76,10 @@ class Attack:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """When to kill: so long after the call's first request, or as the n-th temporary file is being written."""
+    """When to kill: so long after the call's first request, or as the n-th temporary file is being written.
+
+    Below 0 it is the time after the process's start, whatever it has come to by then.
+    """
 
     after_s: float | None = None
     file: int | None = None
@@ -116,12 +117,11 @@ class Outcome:
     faults: list[str] = field(default_factory=list)
 
 
-@contextmanager
-def killable_calls() -> Iterator[Any]:
+def process_context() -> Any:
     """Give a way to start calls as processes of their own, which cost no import each."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["llmframe", "tests.attacks.kill"])
-    yield context
+    context.set_forkserver_preload(["llmframe"])
+    return context
 
 
 def undisturbed(attack: Attack, server: SimulatedServer, directory: Path) -> tuple[pd.DataFrame, float]:
@@ -184,7 +184,7 @@ def _wait_for(moment: Moment, process: BaseProcess, server: SimulatedServer, dir
     assert moment.after_s is not None
     if moment.after_s >= 0:
         server.wait_for(received=1, timeout_s=CALL_S)
-    process.join(moment.after_s if moment.after_s >= 0 else random.uniform(0.0, 0.1))
+    process.join(abs(moment.after_s))
 
 
 def _on_disk(directory: Path) -> set[str]:
@@ -206,7 +206,8 @@ def main() -> int:
     chance = random.Random(chosen.seed)
     attacks = [Attack(chosen.rows), Attack(chosen.rows, flush_s=0.05)]
     broken = 0
-    with SimulatedServer() as server, tempfile.TemporaryDirectory() as place, killable_calls() as context:
+    with SimulatedServer() as server, tempfile.TemporaryDirectory() as place:
+        context = process_context()
         calm = [undisturbed(attack, server, Path(place) / f"calm-{n}") for n, attack in enumerate(attacks)]
         for number in range(chosen.kills):
             attack, (expected, seconds) = attacks[number % 2], calm[number % 2]

@@ -1,0 +1,170 @@
+"""Rates that are known: the user's caps, exactly, and what the endpoint's headers tell, as nearly as they tell it.
+
+Pure. A cap is never passed; an allowance is taken to be the lowest that fits what was told.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import deque
+
+STRETCH = 1.02  # a capped second is counted 2 % longer: the network may deliver 20 ms closer together than we sent
+MARGIN_S = 0.05  # of a told rate stay in the endpoint's bucket: what headers are late by
+MINUTE_S, HOUR_S, DAY_S = 60.0, 3600.0, 86_400.0
+HISTORY_STEP_S = 0.005  # how finely it is known what was sent when
+HISTORY = 100_000  # steps kept
+FEW = 16  # requests are too few to tell a speed
+
+
+class Cap:
+    """At most so much in any span of so many seconds; a single amount beyond that goes alone."""
+
+    def __init__(self, most: float, span_s: float) -> None:
+        self._most = most
+        self._span_s = span_s * STRETCH
+        self._entries: deque[tuple[float, float]] = deque()
+        self._total = 0.0
+
+    def wait_s(self, now: float, amount: float) -> float:
+        """Say how long so much must wait."""
+        entries = self._entries
+        while entries and entries[0][0] + self._span_s <= now:
+            self._total -= entries.popleft()[1]
+        excess = self._total + amount - self._most
+        if not entries or excess <= 1e-9:
+            return 0.0
+        until = now
+        for then, entry in entries:
+            until, excess = then + self._span_s, excess - entry
+            if excess <= 1e-9:
+                break
+        return max(until - now, 1e-6)
+
+    def take(self, now: float, amount: float) -> None:
+        """Count what is sent."""
+        if not self._entries:
+            self._total = 0.0  # what rounding left
+        self._entries.append((now, amount))
+        self._total += amount
+
+
+def request_caps(rpm: float | None) -> list[Cap]:
+    """Build the caps of requests a minute: the minute's, and each second's share of it."""
+    if rpm is None:
+        return []
+    if rpm < 1:
+        return [Cap(1, MINUTE_S / rpm)]
+    return [Cap(math.floor(rpm), MINUTE_S), Cap(math.ceil(rpm / MINUTE_S), 1.0)]
+
+
+def token_caps(tpm: float | None) -> list[Cap]:
+    """Build the caps of tokens a minute: the minute's, and each second's share of it."""
+    return [] if tpm is None else [Cap(tpm, MINUTE_S), Cap(tpm / MINUTE_S, 1.0)]
+
+
+class Allowance:
+    """One limit as the endpoint's headers tell it: a bucket that refills, and whose level every answer corrects."""
+
+    def __init__(self, now: float) -> None:
+        self.known = False
+        self.rate = 0.0  # a second
+        self._at = now
+        self._level = 0.0
+        self._limit = 0.0
+        self._room = 1.0  # the most that was ever left
+
+    def wait_s(self, now: float, amount: float) -> float:
+        """Say how long so much must wait."""
+        if not self.known:
+            return 0.0
+        self._refill(now)
+        margin = min(MARGIN_S * self.rate, 0.25 * self._room)
+        missing = min(amount + margin, self._room) - self._level
+        return missing / self.rate if missing > 1e-9 else 0.0
+
+    def take(self, now: float, amount: float) -> None:
+        """Count what is sent."""
+        if self.known:
+            self._refill(now)
+            self._level -= amount
+
+    def learn(
+        self,
+        now: float,
+        limit: float | None,
+        remaining: float | None,
+        reset_s: float | None,
+        sent: tuple[tuple[float, float], ...],
+    ) -> None:
+        """Correct the level by headers, which tell it as it was some time ago.
+
+        Parameters
+        ----------
+        now : float
+            When the level is that again; nothing refills before.
+        limit, remaining, reset_s : float or None
+            As the headers say.
+        sent : tuple of (float, float)
+            For each moment that they may tell of (the request's arrival, the answer's departure) how much was sent
+            since, and how many seconds ago it is. Which one it is nobody says: the lowest level holds.
+        """
+        if limit is None or remaining is None:
+            return
+        if limit != self._limit:
+            self._room *= limit / self._limit if self._limit else 1.0
+            self._limit = limit
+        period_s = MINUTE_S
+        if reset_s is not None and reset_s > MINUTE_S + 1:  # it takes longer to fill: a limit an hour or a day
+            period_s = HOUR_S if reset_s <= HOUR_S + 1 else DAY_S
+        self.rate = limit / period_s
+        self._room = max(self._room, remaining)
+        self._refill(now)
+        behind = max(0.0, *(amount - self.rate * age_s for amount, age_s in sent))
+        level = max(0.0, min(self._room, remaining - behind))  # what the endpoint refuses takes nothing from it
+        if not level <= self._level < level + 1:  # it is told in whole numbers
+            self._level = level
+        self._at = now
+        self.known = True
+
+    def _refill(self, now: float) -> None:
+        if now > self._at:
+            self._level = min(self._room, self._level + self.rate * (now - self._at))
+            self._at = now
+
+
+class History:
+    """How much had been sent, and refused, by when."""
+
+    def __init__(self) -> None:
+        self.requests = self.tokens = self.refused = 0.0
+        self._times: list[float] = []
+        self._sums: list[tuple[float, float, float]] = []  # the three above, before that time
+
+    def sent(self, now: float, tokens: float) -> None:
+        """Count a request."""
+        if not self._times or now - self._times[-1] >= HISTORY_STEP_S:
+            self._times.append(now)
+            self._sums.append((self.requests, self.tokens, self.refused))
+            if len(self._times) > HISTORY:
+                del self._times[: HISTORY // 2], self._sums[: HISTORY // 2]
+        self.requests += 1
+        self.tokens += tokens
+
+    def by(self, time_s: float) -> tuple[float, float, float]:
+        """Give requests and tokens sent, and requests refused, before what was sent then."""
+        index = bisect_right(self._times, time_s + 1e-6) - 1
+        return self._sums[index] if index >= 0 else (0.0, 0.0, 0.0)
+
+    def speed(self, now: float) -> float:
+        """Give requests accepted a second: of the last half second, or of longer where those are few."""
+        if not self._times:
+            return 0.0
+        begun_s = max(0.05, now - self._times[0])
+        span_s = min(0.5, begun_s)
+        while True:
+            sent, _, refused = self.by(now - span_s)
+            accepted = self.requests - sent - (self.refused - refused)
+            if accepted >= FEW or span_s >= begun_s:
+                return max(0.0, accepted) / span_s
+            span_s = min(2 * span_s, begun_s)

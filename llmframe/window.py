@@ -1,0 +1,394 @@
+"""How many requests may be in flight: as many as make the endpoint faster, and a few more that wait there.
+
+Pure. An endpoint that queues silently is kept full and not flooded; one that does not queue is given ever more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+START = 64  # in flight before anything is known: enough for a hosted endpoint, no flood for a small one
+START_AT_ONCE = 16  # of these so many at once, the others
+START_GAP_S = 0.002  # so far apart, so that a first 429 can stop them
+CEILING = 4096  # in flight; a client machine keeps no more connections than that
+
+EVIDENCE = 16  # answers before a window is judged, at least
+EVIDENCE_S = 0.05  # and seconds: an event loop delivers in bunches
+EARLY = 24  # answers after which the first requests can be found to queue
+SERIAL = 0.5  # log of how much faster the first four of sixteen are where these queue among themselves
+FULL = 0.9  # of the window in flight is a full window
+FULL_SHARE = 0.7  # of the answers must have come from a full window for it to be judged
+
+GAIN = 1.1  # in flight for each request at work: some wait, so that no slot ever idles
+SPREAD = 1.25  # and so many times its square root: a few slots swing more than many
+LATE_S = 0.01  # and so many seconds' worth, for a client that is late by that much
+FAST_S = 0.02  # but never less than so many seconds' worth: a queue of that length delays nobody
+
+GROWING = 0.25  # of the growth in flight must come back as growth in speed, or the knee is passed
+GROWING_AGAIN = 0.4  # where it had been passed before: chance must not move it
+MORE = 0.1  # log of a growth in flight that can be judged
+SURE = 1.2  # times as many at work as before is proof that growth helps
+UNSURE = 1.5  # times the window is as far as it grows without that proof
+BRAKE = 0.3  # log of the slow-down at which a growing window waits for its judgement
+BATCHING = 0.15  # log of a gain in speed that is worth slower answers
+
+ROOM = math.log(1.13)  # answers no slower than that show that nothing queues
+SUDDEN = 0.2  # log of a drop in latency that is no chance
+QUEUED = math.log(1.8)  # answers slower than that show a long queue, or that they have become another kind
+HELD = math.log(0.85)  # of the speed is all of it: fewer in flight made no difference
+NOISE = 0.07  # log of a change of latency that means nothing
+PROBE_SHARE = 1.3  # a probe has so many times more in flight, and then so many times fewer
+PROBE_S, LONGEST_PROBE_S = 10.0, 60.0  # between probes; doubled while they find nothing new
+PROBE_WINDOWS = 30  # but at least so many windows: a probe costs two of them a part of their speed
+DOUBTFUL_WINDOWS = 4  # until the next one, where a probe changed the picture
+FEW_IN_FLIGHT = 6  # are not worth a probe
+
+
+class Epoch:
+    """What was seen since a moment."""
+
+    __slots__ = ("answers", "began", "full", "load", "logs", "seconds", "squares")
+
+    def __init__(self, began: float, load: int) -> None:
+        self.began = began
+        self.load = max(1, load)  # in flight at the beginning: what the answers of an epoch were sent beside
+        self.answers = self.full = 0
+        self.seconds = 0.0  # the latencies' sum
+        self.logs = self.squares = 0.0  # of their logarithms, which a few slow answers do not sway
+
+    def sample(self, now: float) -> Sample:
+        """Sum it up."""
+        log = self.logs / self.answers
+        spread = math.sqrt(max(0.0, self.squares / self.answers - log * log))
+        return Sample(
+            load=self.load,
+            log=log,
+            spread=spread,
+            error=spread / math.sqrt(self.answers),
+            speed=self.answers / (now - self.began),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One epoch, summed up.
+
+    Attributes
+    ----------
+    load : int
+        In flight.
+    log, spread, error : float
+        Of the latency's logarithm the mean, the standard deviation, and the mean's error.
+    speed : float
+        Answers a second.
+    """
+
+    load: int
+    log: float
+    spread: float
+    error: float
+    speed: float
+
+
+class First:
+    """The first few requests of a run: their latency is the one without a queue, or the nearest to it."""
+
+    __slots__ = ("back", "count", "logs", "most", "until")
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.count = self.back = 0
+        self.until = -math.inf  # when the last of them was sent
+        self.logs = 0.0
+
+    def sent(self, now: float) -> None:
+        """Count a request, if it is among them."""
+        if self.count < self.most:
+            self.count += 1
+            self.until = now
+
+    def answered(self, sent: float, log: float) -> None:
+        """Count an answer, if it is to one of them."""
+        if sent <= self.until and self.back < self.count:
+            self.back += 1
+            self.logs += log
+
+    def log(self, age_s: float) -> float:
+        """Give the mean logarithm of their latency; those still out took at least the time since."""
+        return (self.logs + (self.count - self.back) * math.log(max(1e-6, age_s))) / max(self.count, 1)
+
+
+class Window:
+    """The window: start, grow, probe, hold.
+
+    Known of the endpoint are the latency while nothing queues (the base), the speed, and by both the number of
+    requests that it works on at one time. Grow while more in flight is faster; have fewer for a moment to learn the
+    base; hold what that gives. From there grow again where nothing queues, or when it is time to see; have fewer
+    again where answers have become slow.
+
+    An epoch is judged when as many answers came as were in flight, and only if the window was full: a window that
+    something else keeps from filling says nothing about the endpoint.
+    """
+
+    def __init__(self, most: int, now: float) -> None:
+        self.size = min(float(START), most)
+        self._most = float(most)
+        self._phase: Literal["start", "grow", "probe", "hold"] = "start"
+        self._base: float | None = None  # log of seconds
+        self._error = 0.0  # of the base
+        self._speed = 0.0  # answers a second
+        self._at_work = 0.0
+        self._epoch = Epoch(now, 0)
+        self._settling = 0  # answers yet to come that belong to the size before
+        self._recent: float | None = None  # log latency of the last few answers
+        self._lately: deque[float] = deque()  # when answers came, within the base latency: so many are at work
+        # start
+        self._began: float | None = None
+        self._firsts = (First(4), First(8), First(START_AT_ONCE))
+        # grow
+        self._grew = now
+        self._proof = 0.0  # more at work than that show that growth helps
+        self._limit = 2.0 * self.size  # of growth without that proof
+        self._before: tuple[float, int, int] | None = None  # speed, load and what was at work
+        # probe
+        self._load = 0  # in flight before it
+        self._probe_after_s = PROBE_S
+        self._probe_at = math.inf
+        # hold
+        self._usual: float | None = None  # log latency
+        self._sudden = -math.inf  # below it the recent latency shows that nothing queues any more
+
+    @property
+    def usual_s(self) -> float | None:
+        """The latency while nothing queues; None while it is not known."""
+        return None if self._base is None else math.exp(self._base)
+
+    def sent_first(self, now: float) -> None:
+        """Count one of the first requests."""
+        if self._began is None:
+            self._began = now
+            self._epoch = Epoch(now, START_AT_ONCE)
+        for first in self._firsts:
+            first.sent(now)
+
+    def stop_start(self, in_flight: int) -> None:
+        """End the start at what is in flight: the endpoint refuses more."""
+        if self._phase == "start":
+            self.size = max(1.0, min(self.size, in_flight + 1.0))
+
+    def restart(self, in_flight: int) -> None:
+        """Judge nothing that is in flight."""
+        self._settling = max(1, in_flight)
+        self._recent = self._base
+
+    def answered(
+        self, now: float, latency_s: float, in_flight: int, *, wanted: bool, busy: bool, welcome: float
+    ) -> str:
+        """Learn from an answer; the decision that it leads to, if any.
+
+        Parameters
+        ----------
+        now : float
+            The time.
+        latency_s : float
+            Seconds since it was sent.
+        in_flight : int
+            When it came, itself included.
+        wanted : bool
+            Nothing but the window kept more from being sent.
+        busy : bool
+            This machine is short of CPU: more in flight would wait here and not there.
+        welcome : float
+            Requests a second that the endpoint's headers allow; 0 where they do not say.
+        """
+        log = math.log(max(latency_s, 1e-6))
+        self._recent = log if self._recent is None else self._recent + (log - self._recent) / EVIDENCE
+        self._lately.append(now)
+        if self._base is None:
+            for first in self._firsts:
+                first.answered(now - latency_s, log)
+        else:
+            since = now - math.exp(self._base)
+            while self._lately[0] < since:
+                self._lately.popleft()
+        if self._settling:
+            self._settling -= 1
+            if not self._settling:
+                self._epoch = Epoch(now, in_flight)
+            return ""
+        epoch = self._epoch
+        epoch.answers += 1
+        epoch.seconds += latency_s
+        epoch.logs += log
+        epoch.squares += log * log
+        if wanted and in_flight >= FULL * int(self.size):
+            epoch.full += 1
+            if not busy:
+                if self._phase == "start" or self._phase == "grow":
+                    self._grow(now, self._recent, welcome)
+                elif self._phase == "hold" and self._recent < self._sudden:
+                    return self._look_for_room(now, in_flight, "room")
+        self._grew = now
+        if self._base is None:
+            if epoch.answers == 1:
+                epoch.load = in_flight
+            if epoch.answers >= EARLY and self._queues_early(now, epoch, self._recent, in_flight):
+                return "knee"
+        if epoch.answers < max(EVIDENCE, epoch.load) or now - epoch.began < EVIDENCE_S:
+            return ""
+        self._epoch = Epoch(now, in_flight)
+        return self._judge(now, epoch, in_flight, busy)
+
+    # -- the first answers
+
+    def _first_base(self, now: float) -> float:
+        """Log latency of the first requests, or of the first few where even these wait for each other."""
+        age_s = now - (now if self._began is None else self._began)
+        few, some, most = (first.log(age_s) for first in self._firsts)
+        return few if few < most - SERIAL else some if some < most - SERIAL else most
+
+    def _queues_early(self, now: float, epoch: Epoch, recent: float, in_flight: int) -> bool:
+        """See whether the first requests wait for each other, long before all of them are back."""
+        base = self._first_base(now)
+        usual_s = math.exp(base)
+        if recent <= base + SERIAL or now - epoch.began <= 3 * usual_s:
+            return False
+        self._base = base
+        speed = epoch.answers / (now - epoch.began - usual_s)
+        self._hold(now, 2 * speed * usual_s, speed, in_flight)  # twice, since a few answers are poor evidence
+        self._probe_at = now
+        return True
+
+    # -- judgements
+
+    def _judge(self, now: float, epoch: Epoch, in_flight: int, busy: bool) -> str:
+        sample = epoch.sample(now)
+        full = epoch.full >= FULL_SHARE * epoch.answers
+        if self._base is None:
+            self._judge_start(now, epoch, sample, full)
+            return ""
+        if not full:
+            self._before = None
+            if self._phase == "probe":
+                self._hold(now, self._at_work, self._speed, in_flight)
+            return ""
+        if self._phase == "probe":
+            return self._judge_probe(now, sample, self._base, in_flight)
+        if self._phase == "hold":
+            return self._judge_hold(now, sample, self._base, in_flight, busy)
+        return self._judge_growth(now, sample, self._base, in_flight, busy)
+
+    def _judge_start(self, now: float, epoch: Epoch, sample: Sample, full: bool) -> None:
+        first = self._first_base(now)
+        self._base, self._error = sample.log, sample.error
+        if first < sample.log - SUDDEN:  # what was sent at once is faster than what followed: that queues
+            self._base, self._error = first, sample.spread / math.sqrt(START_AT_ONCE)
+        self._phase = "grow"
+        if full:
+            self._limit = math.inf
+            self._at_work, self._speed = epoch.load, epoch.load * epoch.answers / epoch.seconds  # Little's law
+            self._before = (self._speed, epoch.load, epoch.load)
+
+    def _judge_growth(self, now: float, sample: Sample, base: float, in_flight: int, busy: bool) -> str:
+        load, speed, at_work = sample.load, sample.speed, len(self._lately)
+        if self._before is None:
+            self._before = (speed, load, at_work)
+            if not self._speed:
+                self._at_work, self._speed = load, speed
+            return ""
+        speed_before, load_before, at_work_before = self._before
+        more, faster = math.log(load / load_before), math.log(speed / speed_before)
+        if more < MORE and sample.log < base + BRAKE and not busy:
+            return ""
+        share = GROWING if self._limit == math.inf else GROWING_AGAIN
+        helped = (more >= MORE and faster >= share * more) or at_work > max(SURE * at_work_before, self._proof)
+        if helped and not busy:
+            self._limit = math.inf
+            self._before = (speed, load, at_work)
+            self._at_work, self._speed = load, speed
+            if faster > BATCHING and sample.log > base:
+                self._base, self._error = sample.log, sample.error
+            return "grow"
+        self._hold(now, min(load, self._at_work * max(1.0, speed / self._speed)), speed, in_flight)
+        return self._have_fewer(in_flight, "knee")
+
+    def _judge_probe(self, now: float, sample: Sample, base: float, in_flight: int) -> str:
+        log, speed, load = sample.log, sample.speed, sample.load
+        fastest, held = max(speed, self._speed), math.log(speed / self._speed) > HELD
+        doubt = math.hypot(sample.error, self._error)
+        if held and log > with_grace(base) + NOISE + 2 * doubt:
+            self._hold(now, max(load / 2, speed * math.exp(base)), fastest, in_flight)
+            return self._have_fewer(in_flight, "queue")
+        news = abs(log - base) > 2 * NOISE + doubt
+        self._base, self._error = log, sample.error
+        self._probe_after_s = PROBE_S if news else min(LONGEST_PROBE_S, 2 * self._probe_after_s)
+        self._hold(now, min(self._load, load * fastest / speed), fastest, in_flight)
+        if news:
+            self._probe_at = now + DOUBTFUL_WINDOWS * self.size / speed
+        if held and log < base - NOISE - doubt:
+            return self._have_fewer(in_flight, "queue shorter")
+        return "measured"
+
+    def _judge_hold(self, now: float, sample: Sample, base: float, in_flight: int, busy: bool) -> str:
+        log = sample.log
+        usual, self._usual = self._usual, log if self._usual is None else self._usual + 0.3 * (log - self._usual)
+        self._speed = sample.speed if usual is None else self._speed + 0.3 * (sample.speed - self._speed)
+        expected = self._speed * math.exp(base)
+        self._proof = expected + max(0.25 * expected, 4 * sample.spread * math.sqrt(expected))
+        half = base + max(ROOM, 0.5 * (self._usual - base))
+        self._sudden = min(self._usual - max(SUDDEN, 0.7 * sample.spread), half)
+        doubt = math.hypot(sample.error, self._error)
+        dropped = usual is not None and log < usual - ROOM and log < half
+        meant = math.log(max(1.0, self.size / self._at_work))  # the queue that is meant to be there
+        if (dropped or log + doubt < base + 0.5 * meant) and not busy:
+            return self._look_for_room(now, in_flight, "room")
+        if log - 2 * doubt > with_grace(base) + QUEUED:
+            self._hold(now, max(self.size / 2, expected), self._speed, in_flight)
+            return self._have_fewer(in_flight, "slower")
+        if now >= self._probe_at and self.size >= FEW_IN_FLIGHT and not busy:
+            return self._look_for_room(now, in_flight, "probe", PROBE_SHARE)
+        return ""
+
+    # -- decisions
+
+    def _grow(self, now: float, recent: float, welcome: float) -> None:
+        """Let out two more for an answer while answers are no slower, or as many as the headers say are welcome."""
+        if recent >= (self._first_base(now) if self._base is None else self._base) + BRAKE:
+            return
+        limit = self._limit
+        if welcome:
+            limit = self._most
+        elif self._base is not None and (limit == math.inf or len(self._lately) > self._proof):
+            limit = 2.0 * len(self._lately)
+        more = max(2.0, welcome * min(1.0, now - self._grew))
+        self.size = min(self._most, max(self.size, limit), self.size + more)
+
+    def _look_for_room(self, now: float, in_flight: int, decision: str, share: float = UNSURE) -> str:
+        self._phase, self._limit = "grow", share * self.size
+        self._before = (self._speed, in_flight, len(self._lately))
+        self._epoch = Epoch(now, in_flight)
+        return decision
+
+    def _have_fewer(self, in_flight: int, decision: str) -> str:
+        fewer = max(1.0, min(self.size / PROBE_SHARE, 0.95 * self._at_work), FAST_S * self._speed)
+        if fewer < self.size and self.size > FEW_IN_FLIGHT:
+            self._phase, self._load = "probe", in_flight
+            self.size, self._settling = fewer, in_flight
+        return decision
+
+    def _hold(self, now: float, at_work: float, speed: float, in_flight: int) -> None:
+        """Keep as many in flight as are worked on at one time, and a few more."""
+        self._phase, self._usual, self._sudden, self._proof = "hold", None, -math.inf, 0.0
+        self._at_work, self._speed = at_work, speed
+        size = max(GAIN * at_work + SPREAD * math.sqrt(at_work) + LATE_S * speed, FAST_S * speed, 1.0)
+        self.size = min(self._most, size)
+        self._settling = in_flight
+        self._probe_at = now + max(self._probe_after_s, PROBE_WINDOWS * size / speed)
+
+
+def with_grace(base: float) -> float:
+    """Give the log latency with a queue so short that it does not matter."""
+    return math.log(math.exp(base) + FAST_S)
