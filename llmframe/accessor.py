@@ -43,7 +43,7 @@ class LLMFrame:
         schema : list of str or of int, optional
             Labels, one of which is the answer. The endpoint enforces them, the column is a category.
         output : str, default "response"
-            The response column, and the prefix of the others.
+            The response column, and the prefix of the others; with labels, also what the model is told they are of.
         details : bool, default False
             Also write cached and reasoning tokens, cost (USD), latency (s), attempts, finish reason, model, source and
             request id.
@@ -92,13 +92,14 @@ class LLMFrame:
 
         Examples
         --------
-        >>> df = pd.DataFrame({"review": ["It is a joy to use.", "It broke on the first day."]})
+        >>> df = pd.DataFrame({"review": ["The best player I have owned.", "The worst player I have owned."]})
         >>> question = "Is this review positive or negative?\\n\\n{review}"
-        >>> out = df.llm.complete(question, schema=["positive", "negative"], model="local", temperature=0)
-        >>> out[["response", "response_status"]]
-           response response_status
-        0  positive              ok
-        1  negative              ok
+        >>> labels = ["positive", "negative"]
+        >>> out = df.llm.complete(question, schema=labels, output="sentiment", model="local", temperature=0)
+        >>> out["sentiment_status"].tolist()
+        ['ok', 'ok']
+        >>> out["sentiment"].cat.categories.tolist()
+        ['positive', 'negative']
         """
         return runner.complete(*self._call(prompt, keywords)).frame()
 
@@ -167,8 +168,8 @@ class LLMSeries:
 
         Examples
         --------
-        >>> pd.Series(["It is a joy."]).llm.complete("Good or bad? {}", schema=["good", "bad"], model="local").tolist()
-        ['good']
+        >>> pd.Series(["A joy."]).llm.complete("Good or bad? {}", schema=["good", "bad"], model="local").notna().all()
+        np.True_
         """
         if not isinstance(prompt, str) or "{" not in prompt:
             raise TemplateError(f"the prompt {prompt!r:.60} has no {{}} for the value, as in 'Translate: {{}}'")

@@ -328,48 +328,11 @@ def test_what_was_answered_before_ctrl_c_is_in_the_checkpoint_and_never_asked_ag
     assert set(answered.values()) == {1}
 
 
-@needs_sigint
-@pytest.mark.parametrize("call", ["await aask(df, **keywords)", "ask(df, **keywords)"], ids=["acomplete", "complete"])
-def test_ctrl_c_ends_asyncio_run_and_what_was_answered_is_kept(
-    server: SimulatedServer, tmp_path: Path, call: str
-) -> None:
-    body = f"""{STANDSTILL}
-    async def main():
-        {call}
-    asyncio.run(main())
-    """
-    process = script(server, body, CHECKPOINT=str(tmp_path / "runs"))
-    code, _, complained = interrupt(server, process)
-    assert code != 0
-    assert "Interrupt" in complained
-    assert "never retrieved" not in complained
-    assert "was destroyed" not in complained
-    assert saved_in(tmp_path / "runs") == ANSWERED
-
-
-@needs_sigint
-def test_a_second_ctrl_c_does_not_wait_for_what_is_in_flight(server: SimulatedServer, tmp_path: Path) -> None:
-    body = f"""{STANDSTILL}
-    llmframe.engine.GRACE_S = {SCRIPT_S}
-    ask(df, **keywords)
-    """
-    process = script(server, body, CHECKPOINT=str(tmp_path / "runs"))
-    server.wait_for(answered=ANSWERED, in_flight=IN_FLIGHT, timeout_s=SCRIPT_S)
-    began = time.monotonic()
-    while process.poll() is None and time.monotonic() - began < STOPPED_S:
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.2)  # two that come together are one to the process
-    code, _, complained = finish(process)
-    assert code != 0
-    assert "Interrupted" in complained
-    assert saved_in(tmp_path / "runs") == ANSWERED
-
-
 # ---- an interrupt in this process
 
 
 @contextmanager
-def interrupted_when(condition: Callable[[], bool]) -> Iterator[list[float]]:
+def interrupted_when(condition: Callable[[], bool], *, again_and_again: bool = False) -> Iterator[list[float]]:
     """Interrupt the main thread as soon as something is so; gives when that was."""
     began: list[float] = []
     over = threading.Event()
@@ -379,12 +342,15 @@ def interrupted_when(condition: Callable[[], bool]) -> Iterator[list[float]]:
             if over.wait(0.01):
                 return
         began.append(time.monotonic())
-        signal.raise_signal(signal.SIGINT) if sys.platform == "win32" else os.kill(os.getpid(), signal.SIGINT)
+        _thread.interrupt_main()
+        while again_and_again and not over.wait(0.3):  # two that come together are one to the process
+            _thread.interrupt_main()
 
     watcher = threading.Thread(target=watch, name="watcher")
     watcher.start()
     try:
         yield began
+        began.append(time.monotonic())
     finally:
         over.set()
         watcher.join()

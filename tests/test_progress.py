@@ -28,6 +28,7 @@ from tests.server import SimulatedServer
 termios = pytest.importorskip("termios", reason="no pseudo-terminals here")
 
 ROOT = Path(__file__).resolve().parent.parent
+WIDTHS = 80, 120  # columns
 SCRIPT_S = 60.0  # for a process on a machine that is busy with other tests
 
 
@@ -40,10 +41,9 @@ def ask(server: SimulatedServer, source: pd.DataFrame, prompt: str = "{text}", *
     return out
 
 
-def seen_on_a_terminal(columns: int, script: str) -> str:
-    """Run a script whose standard error is a terminal of this width; what the terminal got."""
+def seen_on_a_terminal(script: str) -> str:
+    """Run a script whose standard error is a terminal; what the terminal got."""
     terminal, end = os.openpty()
-    termios.tcsetwinsize(end, (24, columns))
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, stdout=subprocess.PIPE, stderr=end, text=True
     )
@@ -68,29 +68,26 @@ def seen_on_a_terminal(columns: int, script: str) -> str:
     return b"".join(got).decode().replace("\r\n", "\n")
 
 
-def call_on_a_terminal(server: SimulatedServer, columns: int, **keywords: Any) -> list[str]:
-    """Make a call of 60 rows on a terminal; every drawing of its bar."""
-    server.change(latency_s=0.15)
-    seen = seen_on_a_terminal(
-        columns,
-        f"""
-        import pandas as pd, llmframe
-        frame = pd.DataFrame({{"text": [f"row {{i}}" for i in range(60)]}})
-        keywords = {keywords!r}
-        frame.llm.complete("{{text}}", model="m", base_url={server.base_url!r}, max_concurrency=6, **keywords)
-        """,
-    )
-    assert seen.count("\n") == 1, seen
-    return [drawn.rstrip() for drawn in seen.strip("\r\n").split("\r")]
-
-
 @pytest.fixture(scope="module")
 def drawings() -> dict[int, list[str]]:
-    """The drawings of one call on a narrow terminal, and of one on a wide one."""
-    prices = {"input": 0.15, "output": 0.6}
-    with SimulatedServer() as server, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OPENAI_API_KEY", "sk-test-not-a-secret")
-        return {columns: call_on_a_terminal(server, columns, prices=prices) for columns in (80, 120)}
+    """Every drawing of the bar of one call, on a narrow terminal and on a wide one."""
+    with SimulatedServer(latency_s=0.15) as server:
+        seen = seen_on_a_terminal(
+            f"""
+            import pandas as pd, llmframe, sys, termios
+            frame = pd.DataFrame({{"text": [f"row {{i}}" for i in range(60)]}})
+            for columns in {WIDTHS}:
+                termios.tcsetwinsize(sys.stderr, (24, columns))
+                frame.llm.complete("{{text}}", model="m", base_url={server.base_url!r}, api_key="sk-test-not-a-secret",
+                                   max_concurrency=6, prices={{"input": 0.15, "output": 0.6}})
+            """
+        )
+    bars = seen.removesuffix("\n").split("\n")
+    assert len(bars) == len(WIDTHS), seen
+    return {
+        columns: [drawn.rstrip() for drawn in bar.strip("\r").split("\r")]
+        for columns, bar in zip(WIDTHS, bars, strict=True)
+    }
 
 
 def test_a_run_draws_one_bar_and_leaves_it_with_its_last_state(drawings: dict[int, list[str]]) -> None:
@@ -98,7 +95,7 @@ def test_a_run_draws_one_bar_and_leaves_it_with_its_last_state(drawings: dict[in
     assert len(drawings[80]) > 2
 
 
-@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("columns", WIDTHS)
 def test_no_drawing_is_wider_than_the_terminal(drawings: dict[int, list[str]], columns: int) -> None:
     assert max(map(len, drawings[columns])) <= columns
 
@@ -110,10 +107,12 @@ def test_the_bar_says_how_far_how_fast_and_at_what_cost(drawings: dict[int, list
         assert words in going[-1]
 
 
-def test_a_run_with_nothing_to_ask_draws_no_bar(server: SimulatedServer, tmp_path: Path) -> None:
-    ask(server, frame(60), checkpoint=tmp_path / "runs")
-    (line,) = call_on_a_terminal(server, 200, checkpoint=str(tmp_path / "runs"))
-    assert line == f"llmframe: 60 of 60 answers are in {tmp_path / 'runs'}; nothing to ask"
+def test_a_run_with_nothing_to_ask_draws_no_bar(
+    server: SimulatedServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ask(server, frame(3), checkpoint=tmp_path / "runs")
+    ask(server, frame(3), checkpoint=tmp_path / "runs", progress=True)
+    assert capfd.readouterr().err == f"llmframe: 3 of 3 answers are in {tmp_path / 'runs'}; nothing to ask\n"
 
 
 def test_no_bar_is_drawn_where_nobody_sees_it(server: SimulatedServer, capfd: pytest.CaptureFixture[str]) -> None:
