@@ -15,5 +15,9 @@ import llmframe
 @pytest.fixture(autouse=True)
 def _names_in_examples(doctest_namespace: dict[str, Any]) -> None:
     doctest_namespace.update(
-        asyncio=asyncio, pd=pd, openai=openai, llmframe=llmframe, df=pd.DataFrame({"text": ["Good morning", "Good night"]})
+        asyncio=asyncio,
+        pd=pd,
+        openai=openai,
+        llmframe=llmframe,
+        df=pd.DataFrame({"text": ["Good morning", "Good night"]}),
     )

@@ -26,7 +26,7 @@ class LLMFrame:
 
     @method_takes_options(call_options)
     def complete(self, prompt: Prompt, **keywords: Any) -> pd.DataFrame:
-        """Ask a model once for each row, and give the frame with the answers as new columns.
+        r"""Ask a model once for each row, and give the frame with the answers as new columns.
 
         Parameters
         ----------
@@ -79,8 +79,8 @@ class LLMFrame:
         Returns
         -------
         DataFrame
-            A new frame, with the index and order of this one, and the columns ``response``, ``response_status`` (``ok``,
-            ``truncated``, ``filtered``, ``refused``, ``invalid``, ``failed``, ``skipped``, ``pending``),
+            A new frame, with the index and order of this one, and the columns ``response``, ``response_status``
+            (``ok``, ``truncated``, ``filtered``, ``refused``, ``invalid``, ``failed``, ``skipped``, ``pending``),
             ``response_error``, ``response_prompt_tokens`` and ``response_completion_tokens``.
 
         Raises
@@ -93,7 +93,7 @@ class LLMFrame:
         Examples
         --------
         >>> df = pd.DataFrame({"review": ["The best player I have owned.", "The worst player I have owned."]})
-        >>> question = "Is this review positive or negative?\\n\\n{review}"
+        >>> question = "Is this review positive or negative?\n\n{review}"
         >>> labels = ["positive", "negative"]
         >>> out = df.llm.complete(question, schema=labels, output="sentiment", model="local", temperature=0)
         >>> out["sentiment_status"].tolist()

@@ -284,9 +284,7 @@ class Simulation:
 
     def tick(self, due: float) -> None:
         begin = self.busy_client(0.0001)
-        down = self.pacer.down_since
         self.pacer.tick(begin, lag_s=begin - due)
-        assert down is None or self.pacer.down_since is None or True
         self.hire()
         self.at(begin + TICK_S, self.tick, begin + TICK_S)
 

@@ -22,7 +22,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 KILLS = 12
-ROWS = 160
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +38,16 @@ def processes() -> Any:
 Calm = tuple[Attack, pd.DataFrame, float]
 
 
-@pytest.fixture(scope="module", params=[1.0, 0.05], ids=["flush a second", "flush all the time"])
+@pytest.fixture(
+    scope="module",
+    params=[Attack(160), Attack(80, flush_s=0.05)],
+    ids=["flush a second", "flush all the time"],
+)
 def calm(
     request: pytest.FixtureRequest, battlefield: SimulatedServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Calm:
     """A call, what it gives undisturbed, and how long it takes."""
-    attack = Attack(ROWS, flush_s=request.param)
+    attack: Attack = request.param
     return (attack, *undisturbed(attack, battlefield, tmp_path_factory.mktemp("calm") / "runs"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import itertools
 import multiprocessing
@@ -331,8 +332,16 @@ def test_what_was_answered_before_ctrl_c_is_in_the_checkpoint_and_never_asked_ag
 # ---- an interrupt in this process
 
 
+def press_ctrl_c() -> None:
+    """Interrupt this process."""
+    if sys.platform == "win32":
+        _thread.interrupt_main()
+    else:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 @contextmanager
-def interrupted_when(condition: Callable[[], bool], *, again_and_again: bool = False) -> Iterator[list[float]]:
+def interrupted_when(condition: Callable[[], bool], *, times: int = 1) -> Iterator[list[float]]:
     """Interrupt the main thread as soon as something is so; gives when that was."""
     began: list[float] = []
     over = threading.Event()
@@ -342,15 +351,15 @@ def interrupted_when(condition: Callable[[], bool], *, again_and_again: bool = F
             if over.wait(0.01):
                 return
         began.append(time.monotonic())
-        _thread.interrupt_main()
-        while again_and_again and not over.wait(0.3):  # two that come together are one to the process
-            _thread.interrupt_main()
+        for _ in range(times):
+            press_ctrl_c()
+            if over.wait(0.3):  # two that come together are one to the process
+                return
 
     watcher = threading.Thread(target=watch, name="watcher")
     watcher.start()
     try:
         yield began
-        began.append(time.monotonic())
     finally:
         over.set()
         watcher.join()
@@ -402,6 +411,40 @@ def standstill(server: SimulatedServer) -> Callable[[], bool]:
         return stats.answered == ANSWERED and stats.in_flight == IN_FLIGHT
 
     return reached
+
+
+def test_a_second_interrupt_does_not_wait_for_what_is_in_flight(
+    server: SimulatedServer, standstill: Callable[[], bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "GRACE_S", SCRIPT_S)
+    with interrupted_when(standstill, times=2) as began, pytest.raises(llmframe.Interrupted):
+        ask(server, standing_frame(), max_concurrency=IN_FLIGHT, checkpoint=tmp_path / "runs")
+    assert time.monotonic() - began[0] < STOPPED_S
+    assert saved_in(tmp_path / "runs") == ANSWERED
+
+
+@pytest.mark.parametrize("awaited", [True, False], ids=["acomplete", "complete"])
+def test_ctrl_c_ends_asyncio_run_in_time_and_what_was_answered_is_kept(
+    server: SimulatedServer,
+    standstill: Callable[[], bool],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    awaited: bool,
+) -> None:
+    keywords: dict[str, Any] = {"max_concurrency": IN_FLIGHT, "checkpoint": tmp_path / "runs"}
+
+    async def main() -> None:
+        if awaited:
+            keywords.update(model="m", base_url=server.base_url, api_key=next(keys))
+            await standing_frame().llm.acomplete("{text}", **keywords)
+        else:
+            ask(server, standing_frame(), **keywords)
+
+    with interrupted_when(standstill) as began, pytest.raises(KeyboardInterrupt):
+        asyncio.run(main())
+    assert time.monotonic() - began[0] < STOPPED_S
+    assert saved_in(tmp_path / "runs") == ANSWERED
+    assert caplog.records == []
 
 
 def test_what_was_answered_before_an_interrupt_is_in_its_frame(

@@ -37,5 +37,7 @@ def test_a_notebook_gives_what_it_shows(path: Path, tmp_path: Path) -> None:
     (tmp_path / "notebooks").mkdir()
     shown = nbformat.read(path, as_version=4)
     fresh = nbformat.from_dict(shown)
-    NotebookClient(fresh, timeout=180, coalesce_streams=True, resources={"metadata": {"path": str(tmp_path / "notebooks")}}).execute()
+    NotebookClient(
+        fresh, timeout=180, coalesce_streams=True, resources={"metadata": {"path": str(tmp_path / "notebooks")}}
+    ).execute()
     assert texts(fresh) == texts(shown)

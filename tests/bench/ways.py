@@ -26,7 +26,9 @@ def by_llmframe(base_url: str, prompts: list[str]) -> tuple[float, int]:
     frame = pd.DataFrame({"text": prompts})
     with tempfile.TemporaryDirectory() as directory:
         began = time.perf_counter()
-        out = llmframe.LLMFrame(frame).complete("text", model=MODEL, base_url=base_url, checkpoint=directory, progress=False)
+        out = llmframe.LLMFrame(frame).complete(
+            "text", model=MODEL, base_url=base_url, checkpoint=directory, progress=False
+        )
         return time.perf_counter() - began, int((out["response_status"] == "ok").sum())
 
 
