@@ -18,8 +18,9 @@ import urllib.request
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import aiohttp
 import httpx2
@@ -37,7 +38,7 @@ LARGE_BYTES = 1 << 19  # aiohttp writes bytes in one go, and warns of it from 1 
 KEEPALIVE_S = 30.0  # shorter than the idle limits of common servers and proxies (60 s), so none closes under a request
 FILES_SHARE = 0.75  # of the files a process may open, for connections; the rest is for everything else
 POOL = 100  # connections of an HTTP client that does not say how many: httpx's own default
-SECRET_NAME = re.compile(r"auth|key|token|secret|cookie|sig", re.IGNORECASE)  # of a header or a query parameter
+SECRET_NAME = re.compile(rb"auth|key|token|secret|cookie|sig", re.IGNORECASE)  # of a header or a query parameter
 SECRET_LENGTH = 8  # characters; shorter ones are words like "EMPTY" and "local", which would blot out honest text
 AUTOMATIC = ("Accept", "Content-Type", "User-Agent")  # what aiohttp adds by itself where the client's owner took it out
 
@@ -314,7 +315,8 @@ class AiohttpTransport:
         self.most = _files()
         self._url = url
         self._proxy = proxy
-        self._secrets = _secrets([*headers.items(), *url.query.items()])
+        pairs = ((name.encode(), value.encode()) for name, value in (*headers.items(), *url.query.items()))
+        self._secrets = _secrets(pairs)
         self._session = aiohttp.ClientSession(
             # The window is the limit; a second one here would only hide a queue from it.
             connector=aiohttp.TCPConnector(
@@ -464,8 +466,7 @@ def _pool(client: openai.AsyncOpenAI | openai.OpenAI) -> int:
 
 
 def _reply(response: Any) -> Reply:
-    request = response.request
-    secrets = _secrets([*request.headers.items(), *request.url.params.items()])
+    secrets = _secrets_of(response.request)
     return Reply(response.status_code, response.headers, _redacted(response.content, secrets))
 
 
@@ -477,8 +478,7 @@ def _reply_of(error: Exception) -> Reply:
         words = f"{type(error).__name__}: {error}"
         raise EndpointError(f"the client could not send the request: {words}; mend client=") from error
     cause = error.__cause__ or error
-    secrets = _secrets([*error.request.headers.items(), *error.request.url.params.items()])
-    words = _redacted((str(cause) or type(cause).__name__).encode(), secrets).decode()
+    words = _redacted((str(cause) or type(cause).__name__).encode(), _secrets_of(error.request)).decode()
     if "certificate" in words.lower():
         raise Unreachable("certificate", words) from error
     if type(cause).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError"):  # httpx's and httpx2's
@@ -488,10 +488,20 @@ def _reply_of(error: Exception) -> Reply:
     raise Lost("connection", words) from error
 
 
-def _secrets(pairs: Iterable[tuple[str, str]]) -> tuple[bytes, ...]:
+def _secrets_of(request: Any) -> tuple[bytes, ...]:
+    """Choose the secrets of a request that was sent: a key that is refreshed is known only from there."""
+    return _secrets((*request.headers.raw, *parse_qsl(request.url.query)))
+
+
+def _secrets(pairs: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, ...]:
     """Choose what no message may show from the headers and query parameters of a request."""
-    values = (value.split(" ", 1)[-1] for name, value in pairs if SECRET_NAME.search(name))  # without "Bearer "
-    return tuple(value.encode() for value in values if len(value) >= SECRET_LENGTH)
+    values = (value.split(b" ", 1)[-1] for name, value in pairs if _names_a_secret(name))  # without "Bearer "
+    return tuple(value for value in values if len(value) >= SECRET_LENGTH)
+
+
+@lru_cache
+def _names_a_secret(name: bytes) -> bool:
+    return SECRET_NAME.search(name) is not None
 
 
 def _redacted(text: bytes, secrets: tuple[bytes, ...]) -> bytes:

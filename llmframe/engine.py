@@ -26,6 +26,7 @@ from llmframe.timeouts import Timeout
 
 FIRST_PATIENCE_S = 12.0  # nothing ever answered: most likely the address is wrong, and the user sits waiting
 PATIENCE_S = 600.0  # an endpoint that has answered comes back: a deployment, a restart, a change of network
+AHEAD = 2  # requests beyond the window that are made and wait: by them the pacer sees that more is wanted
 GRACE_S = 1.0  # what is in flight is paid for: how long a stopped run waits for it
 ALIKE = 20  # the same refusal of so many first rows, with no answer among them, is the run's failure
 REFUSALS_A_STRIKE = 3  # of one row, while others are answered: bad luck with a limit, until it has lasted too long
@@ -192,7 +193,8 @@ class Crew:
 
     def _hire(self) -> None:
         """Add a worker, if there may be work for one more; each that finds work hires the next."""
-        if len(self._workers) < self._line.pacer.window and (self._due or not self._exhausted):
+        most = self._line.pacer.window + AHEAD if self._policy.caps.max_concurrency != 1 else 1
+        if len(self._workers) < most and (self._due or not self._exhausted):
             worker = self._loop.create_task(self._work())
             self._workers.add(worker)
             worker.add_done_callback(self._workers.discard)

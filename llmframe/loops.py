@@ -10,13 +10,12 @@ import asyncio
 import atexit
 import concurrent.futures
 import contextvars
-import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -61,20 +60,16 @@ def run(start: Start[T], beat: Callable[[], None]) -> T:
         After the run has unwound; at a second one without waiting longer than `HARD_STOP_S`.
     """
     flight = _Flight()
-    # A running loop would take Ctrl-C in its own way, which waits for this call to end.
-    with _interrupts_go_to(signal.default_int_handler) if in_running_loop() else nullcontext():
+    with _interrupts_cancel(flight.cancel) as interrupts:
         try:
             flight.launch(start)
-            flight.wait(beat)
-        except BaseException:  # whatever a signal handler raises here: nobody would be left to wait for the run
-            try:
-                flight.cancel()
-                flight.wait(beat)
-            except BaseException:
-                flight.cancel()
-                flight.wait(beat, HARD_STOP_S)
-                raise
+            flight.wait(beat, interrupts)
+        except BaseException:  # what another signal's handler raises: nobody would be left to wait for the run
+            flight.cancel()
+            flight.wait(beat, interrupts)
             raise
+    if interrupts:
+        raise KeyboardInterrupt
     result: T = flight.outcome.result()
     return result
 
@@ -145,13 +140,7 @@ def run_in_callers_loop(start: Start[T], beat: Callable[[], None]) -> T:
     let_callers_loop_nest()
     loop = asyncio.get_running_loop()
     task = loop.create_task(_with_beat(start, beat))
-    interrupts: list[int] = []
-
-    def cancel(number: int, _frame: FrameType | None) -> None:
-        interrupts.append(number)
-        loop.call_soon_threadsafe(task.cancel)
-
-    with _interrupts_go_to(cancel):
+    with _interrupts_cancel(lambda: loop.call_soon_threadsafe(task.cancel)) as interrupts:
         _run_nested(loop, task)
     if interrupts:
         raise KeyboardInterrupt
@@ -188,16 +177,27 @@ async def _with_beat(start: Start[T], beat: Callable[[], None]) -> T:
 
 
 @contextmanager
-def _interrupts_go_to(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Give Ctrl-C to `handler` while the block runs, where it is not ignored and this thread is the one it comes to."""
+def _interrupts_cancel(cancel: Callable[[], object]) -> Iterator[list[float]]:
+    """Let Ctrl-C cancel while the block runs, rather than raise in the middle of whatever it meets; gives when it came.
+
+    A handler of the user's own is left in place. One that stands while a loop runs is the loop's: it would wait for
+    this call to end.
+    """
+    came: list[float] = []
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        came.append(time.monotonic())
+        cancel()
+
     main = threading.current_thread() is threading.main_thread()
     previous = signal.getsignal(signal.SIGINT) if main else None
-    if previous in (None, signal.SIG_IGN):
-        yield
+    ignored = previous in (None, signal.SIG_IGN)
+    if ignored or not (in_running_loop() or previous is signal.default_int_handler):
+        yield came
         return
-    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, note)
     try:
-        yield
+        yield came
     finally:
         signal.signal(signal.SIGINT, previous)
 
@@ -246,23 +246,24 @@ class _Flight:
         """Ask the coroutine to stop."""
         self._loop.call_soon_threadsafe(self._cancel)
 
-    def wait(self, beat: Callable[[], None], seconds: float = math.inf) -> None:
-        """Wait until it is done, at most so long."""
-        until = time.monotonic() + seconds
-        while not concurrent.futures.wait([self.outcome], timeout=HEARTBEAT_S).done and time.monotonic() < until:
-            beat()
-
-    def _begin(self, start: Start[Any]) -> None:
-        self._task = self._loop.create_task(start())
-        _under_way.add(self)
-        self._task.add_done_callback(self._land)
-
     def abandon(self) -> asyncio.Task[Any]:
         """Stop the coroutine and tell nobody: who waits for it is a thread that ends with the process."""
         assert self._task is not None
         self._task.remove_done_callback(self._land)
         self._task.cancel()
         return self._task
+
+    def wait(self, beat: Callable[[], None], interrupts: Sequence[float]) -> None:
+        """Wait until it is done; after a second interrupt no longer than `HARD_STOP_S`."""
+        while not concurrent.futures.wait([self.outcome], timeout=HEARTBEAT_S).done:
+            if len(interrupts) > 1 and time.monotonic() - interrupts[1] > HARD_STOP_S:
+                return
+            beat()
+
+    def _begin(self, start: Start[Any]) -> None:
+        self._task = self._loop.create_task(start())
+        _under_way.add(self)
+        self._task.add_done_callback(self._land)
 
     def _cancel(self) -> None:
         if self._task is not None:

@@ -324,7 +324,7 @@ class Pacer:
 
     def _alive(self, now: float, sent: float) -> None:
         if self._outage.alive(now, sent):
-            self._window.restart(self._in_flight)
+            self._window.resume(now)
             self._note(now, "up again")
 
     def _settle(self, now: float, reserved: int, used: int) -> None:
@@ -374,7 +374,7 @@ class Pacer:
             decision=decision,
         )
         if len(self.timeline) >= MOMENTS:
-            self.timeline = [each for number, each in enumerate(self.timeline) if each.decision or number % 2]
-            if len(self.timeline) > MOMENTS / 2:
-                self.timeline = self.timeline[::2]
+            decisions = sum(bool(each.decision) for each in self.timeline)
+            spared = decisions < MOMENTS / 2
+            self.timeline = [each for n, each in enumerate(self.timeline) if n % 2 or (spared and each.decision)]
         self.timeline.append(moment)

@@ -122,7 +122,7 @@ class Allowance:
         self._refill(now)
         behind = max(0.0, *(amount - self.rate * age_s for amount, age_s in sent))
         level = max(0.0, min(self._room, remaining - behind))  # what the endpoint refuses takes nothing from it
-        if not level <= self._level < level + 1:  # it is told in whole numbers
+        if not (self.known and level <= self._level < level + 1):  # it is told in whole numbers
             self._level = level
         self._at = now
         self.known = True

@@ -18,12 +18,14 @@ CATCH_UP = 1.5  # times the rate, for what was held back
 KEPT = 0.8  # of that is trusted to be there
 GUESS = 0.5  # of the speed at which the first refusal came
 HOLD_S, LONGEST_HOLD_S = 0.025, 10.0  # without Retry-After: doubled at each refusal with no answer since the last
+SOON_S = 0.5  # refused within that time after a decision: it was about the same thing
 RAMP_S, RAMP = 0.15, 5  # a guessed rate is reached by so many doublings, each so long
 DOUBLE_S = 3.0  # and doubled so often after that, until a refusal shows the rate
 
 ALIKE = 4  # refusals in a row at the same number in flight are about that number, and not about a rate
 FEWEST = 6  # in flight; fewer are alike by chance
 STRIKES = 3  # refusals below that number show that they are not
+APART_S = 0.2  # refusals closer together are one
 FORGIVE_S = 60.0  # until it is looked at again
 WIDEN_S = 10.0  # until one more than that number is tried
 
@@ -115,6 +117,7 @@ class Refusals:
         if not news:
             return ""
         let_in = refusal.sent_before > self._sent_by_decision
+        went_well_s = refusal.sent - self._decided
         self._decided, self._level, self._sent_by_decision = now, 1.0, refusal.sent_all
         if refusal.explained:
             return "refused"
@@ -129,7 +132,7 @@ class Refusals:
         accepted = refusal.sent_before - self._sent_by_mark - self._refused_since + 1
         if accepted < EVIDENCE or not let_in:
             return "refused"
-        self._measure(accepted, refusal, hold_s)
+        self._measure(accepted, refusal, hold_s, went_well_s)
         if accepted >= RICH_EVIDENCE:
             self._set_mark(refusal, hold_s)
         return "refused: rate measured"
@@ -147,14 +150,15 @@ class Refusals:
         self._mark, self._sent_by_mark = refusal.sent, refusal.sent_before
         self._refused_since, self._held_s = 1.0, hold_s
 
-    def _measure(self, accepted: float, refusal: Refusal, hold_s: float) -> None:
+    def _measure(self, accepted: float, refusal: Refusal, hold_s: float, went_well_s: float) -> None:
         assert self._mark is not None
         interval_s = max(0.01, refusal.sent - self._mark)
         sending_s = interval_s - self._held_s + hold_s
         rate = accepted / interval_s
         slow, share = (0.9, 0.9) if self._sure and self._owed <= 0 else (0.5, 0.7)
-        if sending_s > 0.5 * interval_s and accepted < slow * refusal.speed * sending_s:
-            rate = max(rate, share * refusal.speed)  # sending was slower before, and the bucket ran over unseen
+        slower_before = accepted < slow * refusal.speed * sending_s
+        if slower_before and sending_s > 0.5 * interval_s and went_well_s > SOON_S:
+            rate = max(rate, share * refusal.speed)  # else the bucket ran over unseen, and the mean is too low
         self._recover_s = min(RECOVER_S, max(0.5, 2 * interval_s))  # poor evidence is soon tried again
         if self._sure and self._owed > 0:
             self._may_catch_up = False  # the bucket does not keep what was held back
@@ -180,7 +184,7 @@ class Crowd:
         self.most = math.inf
         self._at = now
         self._strikes = 0
-        self._looks_at = -math.inf
+        self._looks_at = -math.inf  # not before
         self._seen: deque[int] = deque(maxlen=ALIKE)  # in flight at the last refusals
 
     def tick(self, now: float) -> None:
@@ -199,6 +203,7 @@ class Crowd:
         if now < self._looks_at:
             return False
         self._seen.append(in_flight)
+        self._looks_at = now + APART_S
         fewest = min(self._seen)
         alike = max(self._seen) - fewest <= max(1.0, 0.02 * fewest)
         if len(self._seen) < ALIKE or fewest < FEWEST or not alike:

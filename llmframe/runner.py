@@ -98,12 +98,14 @@ def complete(prompts: Prompts, options: Options) -> State:
 
 async def acomplete(prompts: Prompts, options: Options) -> State:
     """Run without blocking the caller's loop; see `LLMFrame.acomplete`."""
-    prepared = await asyncio.to_thread(prepare, prompts, options)
+    prepared = await loops.in_thread(functools.partial(prepare, prompts, options))
     bar = Bar(prepared.state, options.progress)
     try:
         await loops.arun(lambda: execute(prepared), bar.draw, here=prepared.endpoint.bound)
     except LLMFrameError as error:
         raise _stopped(error, prepared.state) from error.__cause__
+    except asyncio.CancelledError as error:
+        raise _stopped(error, prepared.state) from None
     finally:
         bar.close()
     return prepared.state
@@ -137,6 +139,8 @@ def prepare(prompts: Prompts, options: Options) -> Prepared:
         local_model=options.model == LOCAL and options.client is None,
         extras=extras,
     )
+    if target.bound and loops.in_running_loop():
+        loops.let_callers_loop_nest()
     if price is None and options.model != LOCAL:
         price = known_prices(options.model, target.url)
     requests = Requests(
@@ -184,9 +188,10 @@ def _recall(prepared: Prepared) -> None:
     if checkpoint is None:
         if total > WORTH_SAVING:
             say(
-                f"{total:,} requests without a checkpoint; with checkpoint='runs/name' an interrupted run would go on "
-                "where it stopped, and no answer would be paid for twice",
+                "this run has no checkpoint; with checkpoint='runs/name' an interrupted one would go on where it "
+                "stopped, and no answer would be paid for twice",
                 quiet=quiet,
+                once=True,
             )
         return
     shared = rows_of(state.plan)
@@ -241,7 +246,7 @@ async def execute(prepared: Prepared) -> None:
             try:
                 # Whoever stopped the run waits for it: what is saved then is saved, and tidied by the next run.
                 close = functools.partial(checkpoint.close, tidy=whole)
-                await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, close))
+                await asyncio.shield(loops.in_thread(close))
             except CheckpointError as error:
                 state.unsaved = str(error)
                 raise
@@ -284,11 +289,10 @@ async def _ask(prepared: Prepared, asked: npt.NDArray[np.intp]) -> None:
 
 async def _save(checkpoint: Checkpoint) -> None:
     """Flush whenever one is due, off the loop."""
-    loop = asyncio.get_running_loop()
     while True:
         await asyncio.sleep(FLUSH_LOOK_S)
         if checkpoint.due(time.monotonic()):
-            await asyncio.shield(loop.run_in_executor(None, checkpoint.flush))
+            await asyncio.shield(loops.in_thread(checkpoint.flush))
 
 
 def _bodies(prepared: Prepared, asked: npt.NDArray[np.intp]) -> Iterator[tuple[int, bytes]]:
@@ -367,6 +371,8 @@ def _stopped(error: Any, state: State) -> Any:
     else:
         output = "" if state.options.output == "response" else f", output={state.options.output!r}"
         way = f"go on with llmframe.last_run().frame.llm.complete(..., where='missing'{output})"
-    words = str(error) if state.unsaved is None or state.unsaved in str(error) else f"{error}; {state.unsaved}"
+    words = str(error) or "cancelled"
+    if state.unsaved is not None and state.unsaved not in words:
+        words = f"{words}; {state.unsaved}"
     error.args = (f"{words} ({state.rows_done:,} of {state.rows:,} rows are done; {way})",)
     return error

@@ -24,13 +24,14 @@ FULL_SHARE = 0.7  # of the answers must have come from a full window for it to b
 
 GAIN = 1.1  # in flight for each request at work: some wait, so that no slot ever idles
 SPREAD = 1.25  # and so many times its square root: a few slots swing more than many
-LATE_S = 0.01  # and so many seconds' worth, for a client that is late by that much
+LATE_S = 0.005  # and so many seconds' worth, for a client that is late by that much
 FAST_S = 0.02  # but never less than so many seconds' worth: a queue of that length delays nobody
 
 GROWING = 0.25  # of the growth in flight must come back as growth in speed, or the knee is passed
 GROWING_AGAIN = 0.4  # where it had been passed before: chance must not move it
 MORE = 0.1  # log of a growth in flight that can be judged
 SURE = 1.2  # times as many at work as before is proof that growth helps
+LATELY = 0.9  # of the base latency is looked back on: answers that come in waves must not count twice
 UNSURE = 1.5  # times the window is as far as it grows without that proof
 BRAKE = 0.3  # log of the slow-down at which a growing window waits for its judgement
 BATCHING = 0.15  # log of a gain in speed that is worth slower answers
@@ -43,7 +44,7 @@ NOISE = 0.07  # log of a change of latency that means nothing
 PROBE_SHARE = 1.3  # a probe has so many times more in flight, and then so many times fewer
 PROBE_S, LONGEST_PROBE_S = 10.0, 60.0  # between probes; doubled while they find nothing new
 PROBE_WINDOWS = 30  # but at least so many windows: a probe costs two of them a part of their speed
-DOUBTFUL_WINDOWS = 4  # until the next one, where a probe changed the picture
+DOUBTFUL_S, DOUBTFUL_WINDOWS = 2.0, 4  # until the next one, where a probe changed the picture
 FEW_IN_FLIGHT = 6  # are not worth a probe
 
 
@@ -157,8 +158,10 @@ class Window:
         self._load = 0  # in flight before it
         self._probe_after_s = PROBE_S
         self._probe_at = math.inf
+        self._doubtful = False  # the last one changed the picture
         # hold
         self._usual: float | None = None  # log latency
+        self._slow = True  # the last epoch was, or there was none
         self._sudden = -math.inf  # below it the recent latency shows that nothing queues any more
 
     @property
@@ -179,9 +182,12 @@ class Window:
         if self._phase == "start":
             self.size = max(1.0, min(self.size, in_flight + 1.0))
 
-    def restart(self, in_flight: int) -> None:
-        """Judge nothing that is in flight."""
-        self._settling = max(1, in_flight)
+    def resume(self, now: float) -> None:
+        """Go on as before an outage; what was being tried then is forgotten."""
+        if self._phase == "probe" or (self._phase == "grow" and self._at_work):
+            self._hold(now, self._at_work, self._speed, 0)
+        self._before = None
+        self._settling = int(self.size)  # until the window is full again
         self._recent = self._base
 
     def answered(
@@ -211,7 +217,7 @@ class Window:
             for first in self._firsts:
                 first.answered(now - latency_s, log)
         else:
-            since = now - math.exp(self._base)
+            since = now - LATELY * math.exp(self._base)
             while self._lately[0] < since:
                 self._lately.popleft()
         if self._settling:
@@ -288,9 +294,10 @@ class Window:
             self._base, self._error = first, sample.spread / math.sqrt(START_AT_ONCE)
         self._phase = "grow"
         if full:
+            load = max(epoch.load, int(min(START, self._most)))
             self._limit = math.inf
-            self._at_work, self._speed = epoch.load, epoch.load * epoch.answers / epoch.seconds  # Little's law
-            self._before = (self._speed, epoch.load, epoch.load)
+            self._at_work, self._speed = load, load * epoch.answers / epoch.seconds  # Little's law
+            self._before = (self._speed, load, load)
 
     def _judge_growth(self, now: float, sample: Sample, base: float, in_flight: int, busy: bool) -> str:
         load, speed, at_work = sample.load, sample.speed, len(self._lately)
@@ -326,8 +333,9 @@ class Window:
         self._base, self._error = log, sample.error
         self._probe_after_s = PROBE_S if news else min(LONGEST_PROBE_S, 2 * self._probe_after_s)
         self._hold(now, min(self._load, load * fastest / speed), fastest, in_flight)
+        self._doubtful = news
         if news:
-            self._probe_at = now + DOUBTFUL_WINDOWS * self.size / speed
+            self._probe_at = now + max(DOUBTFUL_S, DOUBTFUL_WINDOWS * self.size / speed)
         if held and log < base - NOISE - doubt:
             return self._have_fewer(in_flight, "queue shorter")
         return "measured"
@@ -336,7 +344,7 @@ class Window:
         log = sample.log
         usual, self._usual = self._usual, log if self._usual is None else self._usual + 0.3 * (log - self._usual)
         self._speed = sample.speed if usual is None else self._speed + 0.3 * (sample.speed - self._speed)
-        expected = self._speed * math.exp(base)
+        expected = LATELY * self._speed * math.exp(base)
         self._proof = expected + max(0.25 * expected, 4 * sample.spread * math.sqrt(expected))
         half = base + max(ROOM, 0.5 * (self._usual - base))
         self._sudden = min(self._usual - max(SUDDEN, 0.7 * sample.spread), half)
@@ -345,12 +353,15 @@ class Window:
         meant = math.log(max(1.0, self.size / self._at_work))  # the queue that is meant to be there
         if (dropped or log + doubt < base + 0.5 * meant) and not busy:
             return self._look_for_room(now, in_flight, "room")
-        if log - 2 * doubt > with_grace(base) + QUEUED:
-            self._hold(now, max(self.size / 2, expected), self._speed, in_flight)
+        was_slow, self._slow = self._slow, log - 2 * doubt > with_grace(base) + QUEUED
+        if self._slow and was_slow:  # twice, so that the speed to compare with is the present one
+            self._hold(now, max(self.size / 2, sample.speed * math.exp(base)), sample.speed, in_flight)
             return self._have_fewer(in_flight, "slower")
-        if now >= self._probe_at and self.size >= FEW_IN_FLIGHT and not busy:
-            return self._look_for_room(now, in_flight, "probe", PROBE_SHARE)
-        return ""
+        if now < self._probe_at or self.size < FEW_IN_FLIGHT or busy:
+            return ""
+        if self._doubtful:
+            return self._have_fewer(in_flight, "probe")
+        return self._look_for_room(now, in_flight, "probe", PROBE_SHARE)
 
     # -- decisions
 
@@ -362,7 +373,7 @@ class Window:
         if welcome:
             limit = self._most
         elif self._base is not None and (limit == math.inf or len(self._lately) > self._proof):
-            limit = 2.0 * len(self._lately)
+            limit = 2.0 * len(self._lately) / LATELY
         more = max(2.0, welcome * min(1.0, now - self._grew))
         self.size = min(self._most, max(self.size, limit), self.size + more)
 
@@ -381,7 +392,7 @@ class Window:
 
     def _hold(self, now: float, at_work: float, speed: float, in_flight: int) -> None:
         """Keep as many in flight as are worked on at one time, and a few more."""
-        self._phase, self._usual, self._sudden, self._proof = "hold", None, -math.inf, 0.0
+        self._phase, self._usual, self._sudden, self._proof, self._slow = "hold", None, -math.inf, 0.0, True
         self._at_work, self._speed = at_work, speed
         size = max(GAIN * at_work + SPREAD * math.sqrt(at_work) + LATE_S * speed, FAST_S * speed, 1.0)
         self.size = min(self._most, size)

@@ -1,7 +1,7 @@
 """A simulated endpoint and a simulated client with a virtual clock: a `Pacer` driven through a run in milliseconds.
 
-Everything follows from the seed. The client sends as the engine does: requests wait in line, the first of them asks
-the pacer, timers are late, and each request takes the client's one CPU for a while.
+Everything follows from the seed. The client does as the engine does: requests wait in line, the first of them asks the
+pacer, timers are late, answers that come together wait for each other, and each request takes of the client's one CPU.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from llmframe.pacing import Caps, Pacer
 TICK_S = 0.1
 LATE_S = 0.004  # timers fire up to so late
 NETWORK_S = 0.0005  # one way, at least; as much again by chance
-GATE_S = 0.001  # the server takes so long to refuse or to fail
-BACKOFF_S = 0.25  # of the engine's full jitter
+GATE_S = 0.001  # the server takes so long to fail
+BACKOFF_S, LONGEST_BACKOFF_S = 0.25, 30.0  # the engine's: full jitter, doubled at each attempt
+TIMEOUT_S, TIMEOUT_SHARE = 5.0, 4.0  # the engine's: at least so long, and so many times the slowest answer seen
+COURSE_S = 0.05  # how finely the requests in flight are recorded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +37,7 @@ class Server:
     slots : int or None
         Requests at work at one time; the others wait in order of arrival, without limit.
     crowding : float
-        At so many requests at work, an answer takes twice as long as alone (batching engines); infinite is never.
+        With so many requests at work an answer takes twice as long as alone, as where they are batched.
     rpm, burst, tpm, token_burst : float or None
         Rates, and the size of the bucket (a full minute unless given).
     limiter : {"bucket", "fixed", "sliding"}
@@ -44,15 +46,15 @@ class Server:
         The moment whose state the rate headers tell.
     retry_after : {None, "exact", "seconds"}
         What a 429 says: the time until it would pass, or that rounded up to seconds.
-    concurrent : int or None
-        More in flight than that are refused with 429.
+    most : int or None
+        More at work than that are refused with 429.
     refusal_s : float
         How long a 429 takes.
     p_fault, p_hang, p_slow, slow_s : float
         Share of requests that fail at once, that never answer, and that take `slow_s`.
     down : bool
         503 to everything, also to what is at work.
-    shared_rps : float
+    others_rps : float
         Requests a second that somebody else takes from the same bucket.
     schedule : sequence of (float, dict)
         Changes, each at its second.
@@ -69,14 +71,14 @@ class Server:
     limiter: Literal["bucket", "fixed", "sliding"] = "bucket"
     headers: Literal["answer", "arrival"] | None = None
     retry_after: Literal["exact", "seconds"] | None = None
-    concurrent: int | None = None
+    most: int | None = None
     refusal_s: float = GATE_S
     p_fault: float = 0.0
     p_hang: float = 0.0
     p_slow: float = 0.0
     slow_s: float = 2.0
     down: bool = False
-    shared_rps: float = 0.0
+    others_rps: float = 0.0
     schedule: Sequence[tuple[float, Mapping[str, Any]]] = ()
 
 
@@ -87,7 +89,7 @@ class Limit:
         self.kind = kind
         self.level = math.inf
         self.at = 0.0
-        self.history: deque[tuple[float, float]] = deque()
+        self.taken: deque[tuple[float, float]] = deque()
         self.resize(per_min, size)
 
     def resize(self, per_min: float, size: float | None) -> None:
@@ -102,44 +104,43 @@ class Limit:
             if now // 60 > self.at // 60:
                 self.level = self.size
         else:
-            while self.history and self.history[0][0] <= now - 60:
-                self.level += self.history.popleft()[1]
+            while self.taken and self.taken[0][0] <= now - 60:
+                self.level += self.taken.popleft()[1]
         self.at = now
 
     def take(self, now: float, amount: float) -> None:
         self.level -= amount
         if self.kind == "sliding":
-            self.history.append((now, amount))
+            self.taken.append((now, amount))
 
     def wait_s(self, now: float, amount: float) -> float:
-        if amount <= self.level + 1e-6:
+        missing = amount - self.level
+        if missing <= 1e-6:
             return 0.0
         if self.kind == "bucket":
-            return (amount - self.level) * 60 / self.per_min
+            return missing * 60 / self.per_min
         if self.kind == "fixed":
             return 60 - now % 60
-        missing = amount - self.level
-        for then, freed in self.history:
+        for then, freed in self.taken:
             missing -= freed
             if missing <= 1e-6:
                 return then + 60 - now
         return 60.0
 
     def full_s(self, now: float) -> float:
-        if self.kind == "fixed":
-            return 60 - now % 60
-        return (self.size - self.level) * 60 / self.per_min
+        return 60 - now % 60 if self.kind == "fixed" else (self.size - self.level) * 60 / self.per_min
 
 
 @dataclass(slots=True, eq=False)
 class Request:
+    """One row's request."""
+
     tokens: int  # that it takes
     estimate: int  # that the client reserves
-    row: int = 0
     sent_s: float = 0.0
     attempts: int = 0
     timeouts: int = 0
-    state: str = "waiting"
+    flying: bool = False
     headers: RateHeaders | None = None
 
 
@@ -147,27 +148,30 @@ class Request:
 class Outcome:
     """What happened in a run."""
 
+    began_s: float
+    pacer: Pacer
     seconds: float = 0.0
-    sent: int = 0
-    answered: int = 0
     refused: int = 0
     failed: int = 0
     timed_out: int = 0
-    twice: int = 0  # rows that a timeout cut off and that were asked again though the answer was coming
-    sent_times: list[float] = field(default_factory=list)
-    answer_times: list[float] = field(default_factory=list)
-    flight: list[tuple[float, int]] = field(default_factory=list)  # the highest of each 50 ms
-    went_down: int = 0
-    pacer: Pacer | None = None
+    outages: int = 0
+    sent_s: list[float] = field(default_factory=list)
+    arrived: list[tuple[float, int]] = field(default_factory=list)  # when, and with how many tokens
+    answered_s: list[float] = field(default_factory=list)
+    course: list[tuple[float, int]] = field(default_factory=list)  # in flight, the most of every 50 ms
 
-    def most_in_flight(self, since_s: float, until_s: float = math.inf) -> int:
-        return max((count for time_s, count in self.flight if since_s <= time_s < until_s), default=0)
+    @property
+    def share_refused(self) -> float:
+        return self.refused / len(self.sent_s)
+
+    def most_in_flight(self, since_s: float = 0.0, until_s: float = math.inf) -> int:
+        return max((most for then, most in self.course if since_s <= then - self.began_s < until_s), default=0)
 
     def sent_between(self, since_s: float, until_s: float) -> int:
-        return sum(since_s <= time_s < until_s for time_s in self.sent_times)
+        return sum(since_s <= then - self.began_s < until_s for then in self.sent_s)
 
-    def rate(self, since_s: float, until_s: float) -> float:
-        return sum(since_s <= time_s < until_s for time_s in self.answer_times) / (until_s - since_s)
+    def rate_between(self, since_s: float, until_s: float) -> float:
+        return sum(since_s <= then - self.began_s < until_s for then in self.answered_s) / (until_s - since_s)
 
 
 class Simulation:
@@ -181,269 +185,227 @@ class Simulation:
         pacer: Pacer | None = None,
         caps: Caps | None = None,
         client_s: float = 0.0003,
-        workers: int = 10_000,
-        stop_s: float = 20_000.0,
+        stop_s: float = 5000.0,
     ) -> None:
         self.server = server
         self.random = random.Random(seed)
         self.now = 0.0
-        self.events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
-        self.serial = 0
-        self.pacer = pacer if pacer is not None else Pacer(caps or Caps(), 0.0)
-        self.client_s = client_s
-        self.client_free = 0.0
+        self.pacer = Pacer(caps or Caps(), 0.0) if pacer is None else pacer
+        self.client_s = client_s  # of CPU for one request
         self.stop_s = stop_s
-        self.workers = workers
-        self.limits: dict[str, Limit] = {}
-        self.queue: deque[Request] = deque()
-        self.busy = 0
-        self.arrived = 0  # in the server
-        self.line: deque[Request] = deque()
-        self.ready: deque[Request] = deque()
-        self.timer = 0
-        self.open = 0
-        self.todo = 0
-        self.slowest = 0.0
-        self.out = Outcome(pacer=self.pacer)
-        self.change({})
+        self.out = Outcome(0.0, self.pacer)
+        self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._serial = 0
+        self._client_free_s = 0.0
+        self._rows: deque[Request] = deque()
+        self._left = 0
+        self._line: deque[Request] = deque()
+        self._flying: dict[Request, None] = {}
+        self._timer = 0
+        self._slowest_s = 0.0
+        self._limits: dict[str, Limit] = {}
+        self._queue: deque[Request] = deque()
+        self._at_work = 0
+        self._change({})
         for at_s, changes in server.schedule:
-            self.at(at_s, self.change, changes)
+            self._at(at_s, self._change, changes)
+        self._at(TICK_S, self._tick, TICK_S)
 
-    # -- the clock
-
-    def at(self, time_s: float, what: Callable[..., None], *args: Any) -> None:
-        self.serial += 1
-        heapq.heappush(self.events, (time_s, self.serial, what, args))
-
-    def run(self, rows: Sequence[tuple[int, int]]) -> Outcome:
-        """Run rows of (tokens taken, tokens estimated) to the end."""
-        self.rows = iter([Request(taken, estimate, row) for row, (taken, estimate) in enumerate(rows)])
-        self.todo = len(rows)
-        start = self.now
-        self.out = Outcome(pacer=self.pacer)
-        self.at(self.now, self.hire)
-        self.at(self.now + TICK_S, self.tick, self.now + TICK_S)
-        events = self.events
-        while self.todo and events:
-            self.now, _, what, args = heapq.heappop(events)
-            if self.now > start + self.stop_s:
-                raise AssertionError(f"{self.todo} rows are left after {self.stop_s} s: {self.pacer.limited_by!r}")
-            what(*args)
-        self.out.seconds = self.now - start
+    def run(self, rows: Sequence[tuple[int, int]], after_s: float = 0.0) -> Outcome:
+        """Run rows of (tokens taken, tokens estimated) to the end, `after_s` seconds from now."""
+        self._rows.extend(Request(taken, estimate) for taken, estimate in rows)
+        self._left = len(rows)
+        began_s = self.now + after_s
+        self.out = Outcome(began_s, self.pacer)
+        self._at(began_s, self._hire)
+        while self._left:
+            self.now, _, what, arguments = heapq.heappop(self._events)
+            assert self.now < began_s + self.stop_s, f"{self._left} rows are left: {self.pacer.limited_by}"
+            what(*arguments)
+        self.out.seconds = self.now - began_s
         return self.out
+
+    def _at(self, time_s: float, what: Callable[..., None], *arguments: Any) -> None:
+        self._serial += 1
+        heapq.heappush(self._events, (time_s, self._serial, what, arguments))
+
+    def _network_s(self) -> float:
+        return NETWORK_S * (1 + self.random.random())
 
     # -- the client
 
-    def busy_client(self, cost_s: float) -> float:
-        """Take the client's CPU; the time at which it begins."""
-        begin = max(self.now, self.client_free)
-        self.client_free = begin + cost_s
+    def _take_cpu(self, seconds: float) -> float:
+        begin = max(self.now, self._client_free_s)
+        self._client_free_s = begin + seconds
         return begin
 
-    def hire(self) -> None:
-        """Keep more requests in line than the window takes."""
-        while self.open < min(self.workers, self.pacer.window + 2):
-            request = next(self.rows, None)
-            if request is None:
-                break
-            self.open += 1
-            self.line.append(request)
-        self.admit()
+    def _hire(self) -> None:
+        """Keep a few more requests in line than the window takes; one that waits for its retry holds no place."""
+        while self._rows and len(self._line) + len(self._flying) < self.pacer.window + 2:
+            self._line.append(self._rows.popleft())
+        self._admit()
 
-    def admit(self) -> None:
-        self.timer += 1
-        line = self.line
-        while line:
-            now = max(self.now, self.client_free)
-            wait_s = self.pacer.wait_s(now, line[0].estimate)
+    def _admit(self) -> None:
+        self._timer += 1
+        while self._line:
+            now = max(self.now, self._client_free_s)
+            wait_s = self.pacer.wait_s(now, self._line[0].estimate)
             if wait_s > 0:
                 if wait_s < math.inf:
-                    late = self.random.random() * LATE_S
-                    self.at(now + wait_s + late, self.timed, self.timer)
+                    self._at(now + wait_s + LATE_S * self.random.random(), self._timer_fires, self._timer)
                 return
-            request = line.popleft()
-            self.pacer.sent(now, request.estimate)
-            self.busy_client(self.client_s / 2)
-            request.sent_s = now
-            request.attempts += 1
-            request.state = "flying"
-            self.out.sent += 1
-            self.out.sent_times.append(now)
-            if not self.out.flight or now - self.out.flight[-1][0] >= 0.05:
-                self.out.flight.append((now, self.pacer.in_flight))
-            elif self.pacer.in_flight > self.out.flight[-1][1]:
-                self.out.flight[-1] = (self.out.flight[-1][0], self.pacer.in_flight)
-            timeout_s = 600.0 if not self.slowest else max(5.0, 4 * self.slowest) * 2**request.timeouts
-            if self.server.p_hang or timeout_s < 600:
-                self.at(now + timeout_s, self.time_out, request, request.attempts)
-            self.at(now + self.network(), self.arrive, request, request.attempts)
+            self._send(self._line.popleft(), now)
 
-    def timed(self, timer: int) -> None:
-        if timer == self.timer:
-            self.admit()
+    def _send(self, request: Request, now: float) -> None:
+        out, pacer = self.out, self.pacer
+        pacer.sent(now, request.estimate)
+        self._take_cpu(self.client_s / 2)
+        request.sent_s, request.flying, request.headers = now, True, None
+        request.attempts += 1
+        self._flying[request] = None
+        out.sent_s.append(now)
+        if not out.course or now - out.course[-1][0] >= COURSE_S:
+            out.course.append((now, pacer.in_flight))
+        elif pacer.in_flight > out.course[-1][1]:
+            out.course[-1] = (out.course[-1][0], pacer.in_flight)
+        self._at(now + self._network_s(), self._arrive, request, request.attempts)
 
-    def tick(self, due: float) -> None:
-        begin = self.busy_client(0.0001)
-        self.pacer.tick(begin, lag_s=begin - due)
-        self.hire()
-        self.at(begin + TICK_S, self.tick, begin + TICK_S)
+    def _timer_fires(self, timer: int) -> None:
+        if timer == self._timer:
+            self._admit()
 
-    def network(self) -> float:
-        return NETWORK_S * (1 + self.random.random())
+    def _tick(self, due_s: float) -> None:
+        now = self._take_cpu(0.0001)
+        self.pacer.tick(now, lag_s=now - due_s)
+        if self.server.p_hang and self._slowest_s:
+            patience_s = max(TIMEOUT_S, TIMEOUT_SHARE * self._slowest_s)
+            for request in [each for each in self._flying if now - each.sent_s > patience_s * 2**each.timeouts]:
+                self.out.timed_out += 1
+                request.timeouts += 1
+                self._come_back(request, request.attempts, "timeout", None)
+        self._hire()
+        self._at(now + TICK_S, self._tick, now + TICK_S)
 
-    def come_back(self, request: Request, attempt: int, kind: str, retry_after_s: float | None) -> None:
-        if request.attempts != attempt or request.state != "flying":
-            return  # timed out meanwhile
-        now = self.busy_client(self.client_s / 2)
-        latency_s = now - request.sent_s
-        request.state = "waiting"
-        self.open -= 1
-        pacer, out = self.pacer, self.out
+    def _come_back(self, request: Request, attempt: int, kind: str, retry_after_s: float | None) -> None:
+        if request.attempts != attempt or not request.flying:
+            return  # it had timed out
+        now, out, pacer = self._take_cpu(self.client_s / 2), self.out, self.pacer
+        latency_s, reserved, headers = now - request.sent_s, request.estimate, request.headers
+        request.flying = False
+        del self._flying[request]
         if kind == "answer":
-            pacer.answered(
-                now, latency_s=latency_s, reserved=request.estimate, used=request.tokens, headers=request.headers
-            )
-            request.state = "done"
-            self.slowest = max(self.slowest, latency_s)
-            out.answered += 1
-            out.answer_times.append(now)
-            self.todo -= 1
-            self.hire()
+            pacer.answered(now, latency_s=latency_s, reserved=reserved, used=request.tokens, headers=headers)
+            self._slowest_s = max(self._slowest_s, latency_s)
+            out.answered_s.append(now)
+            self._left -= 1
+            self._hire()
             return
+        backoff_s = self.random.random() * min(LONGEST_BACKOFF_S, BACKOFF_S * 2 ** (request.attempts - 1))
         if kind == "refused":
             out.refused += 1
-            pacer.refused(
-                now,
-                latency_s=latency_s,
-                reserved=request.estimate,
-                retry_after_s=retry_after_s,
-                headers=request.headers,
-            )
+            backoff_s += retry_after_s or 0.0
+            pacer.refused(now, latency_s=latency_s, reserved=reserved, retry_after_s=retry_after_s, headers=headers)
         else:
             out.failed += 1
-            down = pacer.down_since
-            pacer.failed(now, latency_s=latency_s, reserved=request.estimate, kind=kind)
-            out.went_down += down is None and pacer.down_since is not None
-        backoff_s = self.random.random() * min(30.0, BACKOFF_S * 2 ** min(request.attempts, 7))
-        if retry_after_s is not None:
-            backoff_s = retry_after_s + 0.1 * backoff_s
-        self.at(now + backoff_s, self.again, request)
-        self.hire()
+            was_up = pacer.down_since is None
+            pacer.failed(now, latency_s=latency_s, reserved=reserved, kind=kind)
+            out.outages += was_up and pacer.down_since is not None
+        self._at(now + backoff_s, self._again, request)
+        self._hire()
 
-    def again(self, request: Request) -> None:
-        self.open += 1
-        self.line.appendleft(request)
-        self.admit()
-
-    def time_out(self, request: Request, attempt: int) -> None:
-        if request.attempts == attempt and request.state == "flying":
-            self.out.timed_out += 1
-            request.timeouts += 1
-            self.come_back(request, attempt, "timeout", None)
+    def _again(self, request: Request) -> None:
+        self._line.appendleft(request)
+        self._admit()
 
     # -- the server
 
-    def change(self, changes: Mapping[str, Any]) -> None:
+    def _change(self, changes: Mapping[str, Any]) -> None:
         self.server = server = replace(self.server, **changes)
         for name, per_min, size in (
             ("requests", server.rpm, server.burst),
             ("tokens", server.tpm, server.token_burst),
         ):
             if per_min is None:
-                self.limits.pop(name, None)
-            elif name in self.limits:
-                self.limits[name].fill(self.now)
-                self.limits[name].resize(per_min, size)
+                self._limits.pop(name, None)
+            elif name in self._limits:
+                self._limits[name].fill(self.now)
+                self._limits[name].resize(per_min, size)
             else:
-                self.limits[name] = Limit(server.limiter, per_min, size)
-        if server.shared_rps and "requests" in self.limits:
-            self.at(self.now + 1 / server.shared_rps, self.somebody)
-        self.work()
+                self._limits[name] = Limit(server.limiter, per_min, size)
+        if server.others_rps:
+            self._at(self.now + 1 / server.others_rps, self._somebody_else)
+        self._work()
 
-    def somebody(self) -> None:
-        limit = self.limits["requests"]
+    def _somebody_else(self) -> None:
+        limit = self._limits["requests"]
         limit.fill(self.now)
         if limit.level >= 1:
             limit.take(self.now, 1)
-        self.at(self.now + self.random.expovariate(self.server.shared_rps), self.somebody)
+        self._at(self.now + self.random.expovariate(self.server.others_rps), self._somebody_else)
 
-    def arrive(self, request: Request, attempt: int) -> None:
+    def _arrive(self, request: Request, attempt: int) -> None:
         server, now = self.server, self.now
+        self.out.arrived.append((now, request.tokens))
         if server.down:
-            self.reply(request, attempt, "server error", None, GATE_S)
-            return
-        if server.concurrent is not None and self.arrived >= server.concurrent:
-            self.reply(request, attempt, "refused", None, server.refusal_s)
+            self._reply(request, attempt, "server error", None, GATE_S)
             return
         amounts = {"requests": 1.0, "tokens": float(request.tokens)}
         wait_s = 0.0
-        for name, limit in self.limits.items():
+        for name, limit in self._limits.items():
             limit.fill(now)
             wait_s = max(wait_s, limit.wait_s(now, amounts[name]))
-        if wait_s > 0:
-            said = None
-            if server.retry_after is not None:
-                said = float(math.ceil(wait_s)) if server.retry_after == "seconds" else wait_s
-            request.headers = self.headers()
-            self.reply(request, attempt, "refused", said, server.refusal_s)
+        if wait_s > 0 or (server.most is not None and self._at_work >= server.most):
+            request.headers = self._headers()
+            said_s = {"exact": wait_s, "seconds": float(math.ceil(wait_s))}.get(server.retry_after or "")
+            self._reply(request, attempt, "refused", said_s, server.refusal_s)
             return
-        for name, limit in self.limits.items():
+        for name, limit in self._limits.items():
             limit.take(now, amounts[name])
         if server.headers == "arrival":
-            request.headers = self.headers()
+            request.headers = self._headers()
         chance = self.random.random()
         if chance < server.p_fault:
-            self.reply(request, attempt, "server error", None, GATE_S)
-        elif chance < server.p_fault + server.p_hang:
-            pass
-        else:
-            self.arrived += 1
-            self.queue.append(request)
-            self.work()
+            self._reply(request, attempt, "server error", None, GATE_S)
+        elif chance >= server.p_fault + server.p_hang:
+            self._queue.append(request)
+            self._work()
 
-    def work(self) -> None:
+    def _work(self) -> None:
         server = self.server
-        slots = math.inf if server.slots is None else server.slots
-        while self.queue and self.busy < slots:
-            request = self.queue.popleft()
-            self.busy += 1
-            took_s = server.latency_s * (1 + self.busy / server.crowding)
+        while self._queue and self._at_work < (server.slots or math.inf):
+            request = self._queue.popleft()
+            self._at_work += 1
+            took_s = server.latency_s * (1 + self._at_work / server.crowding)
             if server.sigma:
                 took_s *= math.exp(server.sigma * self.random.gauss(0.0, 1.0))
             if server.p_slow and self.random.random() < server.p_slow:
                 took_s = server.slow_s
-            self.at(self.now + took_s, self.finish, request, request.attempts)
+            self._at(self.now + took_s, self._finish, request, request.attempts)
 
-    def finish(self, request: Request, attempt: int) -> None:
-        self.busy -= 1
-        self.arrived -= 1
-        if self.server.down:
-            self.reply(request, attempt, "server error", None, 0.0)
-        else:
-            if self.server.headers == "answer":
-                request.headers = self.headers()
-            self.reply(request, attempt, "answer", None, 0.0)
-        self.work()
+    def _finish(self, request: Request, attempt: int) -> None:
+        self._at_work -= 1
+        if self.server.headers == "answer":
+            request.headers = self._headers()
+        self._reply(request, attempt, "server error" if self.server.down else "answer", None, 0.0)
+        self._work()
 
-    def headers(self) -> RateHeaders | None:
+    def _headers(self) -> RateHeaders | None:
         if self.server.headers is None:
             return None
-        found: list[float | None] = []
+        told: list[float | None] = []
         for name in ("requests", "tokens"):
-            limit = self.limits.get(name)
+            limit = self._limits.get(name)
             if limit is None:
-                found += [None, None, None]
+                told += [None, None, None]
             else:
                 limit.fill(self.now)
-                found += [limit.per_min, float(int(max(0.0, limit.level))), limit.full_s(self.now)]
-        return RateHeaders(*found)
+                told += [limit.per_min, float(int(max(0.0, limit.level))), limit.full_s(self.now)]
+        return RateHeaders(*told)
 
-    def reply(self, request: Request, attempt: int, kind: str, retry_after_s: float | None, after_s: float) -> None:
-        self.at(self.now + after_s + self.network(), self.come_back, request, attempt, kind, retry_after_s)
+    def _reply(self, request: Request, attempt: int, kind: str, retry_after_s: float | None, after_s: float) -> None:
+        self._at(self.now + after_s + self._network_s(), self._come_back, request, attempt, kind, retry_after_s)
 
 
 def simulate(server: Server, rows: int | Sequence[tuple[int, int]], **options: Any) -> Outcome:
     """Run so many rows (of 100 tokens, or of the tokens given) through a new simulation."""
-    if isinstance(rows, int):
-        rows = [(100, 100)] * rows
-    return Simulation(server, **options).run(rows)
+    return Simulation(server, **options).run([(100, 100)] * rows if isinstance(rows, int) else rows)

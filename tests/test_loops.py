@@ -507,6 +507,9 @@ def test_an_interrupt_leaves_no_task_and_no_thread_behind(
     with interrupted_when(standstill), pytest.raises(llmframe.Interrupted):
         ask(server, standing_frame(), max_concurrency=IN_FLIGHT, checkpoint=tmp_path / "runs")
 
+    for thread in threading.enumerate():
+        if thread.name == "llmframe-work":  # it has done its work, and may be about to end
+            thread.join(STOPPED_S)
     assert {thread.name for thread in threading.enumerate()} <= threads
     assert _tasks() == set()
 
