@@ -25,8 +25,8 @@ import pandas as pd
 import pyarrow as pa
 
 from llmframe.errors import CheckpointError
+from llmframe.notices import warn
 from llmframe.parts import COLUMNS, Heads, NewerFormat, NotAPart, Origin, Part, PartWriter, Row, completions, encode
-from llmframe.progress import warn
 from llmframe.results import STATUSES, Completion, text_dtype
 from llmframe.storage import Storage, storage_at
 

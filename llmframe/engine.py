@@ -29,6 +29,7 @@ PATIENCE_S = 600.0  # an endpoint that has answered comes back: a deployment, a 
 AHEAD = 2  # requests beyond the window that are made and wait: by them the pacer sees that more is wanted
 GRACE_S = 1.0  # what is in flight is paid for: how long a stopped run waits for it
 ALIKE = 20  # the same refusal of so many first rows, with no answer among them, is the run's failure
+GATEWAY = frozenset({502, 503, 504})  # statuses of whoever stands before a server that is not there
 REFUSALS_A_STRIKE = 3  # of one row, while others are answered: bad luck with a limit, until it has lasted too long
 BYTES_A_TOKEN = 4  # of English; the pacer learns how far that is off
 EXPECTED_TOKENS = 64  # reserved for an answer, until the pacer has learned what requests really take
@@ -147,10 +148,10 @@ class Crew:
         self._later: dict[Job, asyncio.TimerHandle] = {}  # retries that wait
         self._exhausted = False
         self._open = 0  # requests begun and not yet delivered
-        self._struck = 0  # those of them that have a strike
+        self._failing = 0  # those of them that are tried again
         self._began = self._loop.time()
         self._unreached_since: float | None = None
-        self._trouble = ""  # the last failure, for the message when patience runs out
+        self._trouble = "none yet"  # the last failure, for the message when patience runs out
         self._refusals: list[int | None] | None = []  # HTTP statuses of the first rows, while all are one 4xx
         self._finished: asyncio.Future[None] = self._loop.create_future()
 
@@ -299,8 +300,9 @@ class Crew:
         asked_s = self._tell_pacer(job, reply, failure, latency_s)
         wait_s = self._settle(job, failure, asked_s)
         self._line.admit()  # after it is settled whether the run goes on
-        if wait_s is None:
+        if wait_s is None or self._finished.done():
             return
+        self._failing += job.attempts == 1
         if self._policy.caps.max_concurrency == 1:  # row order is the promise: its place is kept while it waits
             await asyncio.sleep(wait_s)
             self._due.append(job)
@@ -329,9 +331,7 @@ class Crew:
             return None
         if failure.kind == "connection" and self._unreached_since is None:
             self._unreached_since = job.started
-        if self._is_strike(job, failure):
-            self._struck += job.strikes == 0
-            job.strikes += 1
+        job.strikes += self._is_strike(job, failure)
         if failure.verdict == "row" or job.strikes >= self._policy.max_attempts:
             self._give_up(job, failure)
             return None
@@ -360,8 +360,9 @@ class Crew:
                 return job.refusals % REFUSALS_A_STRIKE == 0
         if self._line.pacer.down_since is None:
             return True
-        # Where only rows are left that failed before it was down, it may be they that look like an outage.
-        return self._exhausted and self._struck == self._open
+        # Where only failing rows are left, it may be they that look like an outage, unless a gateway says it is one.
+        alone = self._exhausted and self._failing == self._open
+        return alone and self._line.answered and failure.http not in GATEWAY
 
     def _retry(self, job: Job) -> None:
         del self._later[job]
@@ -385,7 +386,7 @@ class Crew:
 
     def _done(self, job: Job, completion: Completion) -> None:
         self._open -= 1
-        self._struck -= job.strikes > 0
+        self._failing -= job.attempts > 1
         try:
             self._deliver(job.number, completion)
         except Exception as error:

@@ -27,7 +27,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from llmframe.errors import ConfigurationError
-from llmframe.progress import wanted
+from llmframe.notices import wanted
 
 __all__ = ["identity", "serve", "stop"]
 

@@ -212,6 +212,8 @@ class Pacer:
         self._refusals.take()
         self._outage.sent(now)
         self._history.sent(now, amount)
+        if self._in_flight >= int(self._window.size):
+            self._wanted = True
 
     def answered(
         self, now: float, *, latency_s: float, reserved: int, used: int | None, headers: RateHeaders | None

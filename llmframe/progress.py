@@ -1,13 +1,11 @@
-"""Progress: one bar a run, and the lines a user should read before it pays.
+"""Progress: one bar a run.
 
 Drawn in the thread that waits, never on the loop that works; what cannot be drawn stops nothing.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import sys
 import time
 import warnings
 from collections import deque
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import TqdmWarning
 
-from llmframe.errors import LLMFrameWarning
+from llmframe.notices import wanted
 
 if TYPE_CHECKING:
     from llmframe.state import State
@@ -30,59 +28,6 @@ RATE_S = 10.0  # what rows/s is taken over: long enough to be steady, short enou
 BLOCKS = 3  # columns for the bar itself, where the words leave no more
 TITLE = 20  # characters of the output's name
 KINDS = 3  # failures named, the commonest first
-
-log = logging.getLogger("llmframe")
-log.addHandler(logging.NullHandler())  # silent unless asked for: without it Python prints warnings by itself
-
-_said: set[str] = set()
-
-
-def say(text: str, *, quiet: bool, once: bool = False) -> None:
-    """Tell the user something on standard error, unless the call asked for quiet; always to the log.
-
-    Parameters
-    ----------
-    text : str
-        What to say.
-    quiet : bool
-        Only to the log.
-    once : bool, default False
-        Not again in this process.
-    """
-    log.info(text)
-    if quiet or (once and text in _said) or sys.stderr is None:
-        return
-    if once:
-        _said.add(text)
-    tqdm.write(f"llmframe: {text}", file=sys.stderr)
-
-
-def warn(text: str) -> None:
-    """Warn the user, at the line that called llmframe, whether or not somebody watches."""
-    log.warning(text)
-    warnings.warn(f"llmframe: {text}", LLMFrameWarning, stacklevel=_callers_level())
-
-
-def _callers_level() -> int:
-    """Count the frames between here and the first that is not llmframe's."""
-    level = 2
-    frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "llmframe":
-        frame, level = frame.f_back, level + 1
-    return level
-
-
-def wanted(progress: bool | None) -> bool:
-    """Whether to draw a bar: where there is somebody to see it, unless the call says."""
-    return _watched() if progress is None else progress
-
-
-def _watched() -> bool:
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    if shell is not None and hasattr(shell, "kernel"):
-        return True
-    return sys.stderr is not None and sys.stderr.isatty()
 
 
 class Bar:

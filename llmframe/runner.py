@@ -22,11 +22,12 @@ from llmframe.endpoint import Endpoint, Extras
 from llmframe.engine import Crew, Policy
 from llmframe.errors import CheckpointError, ConfigurationError, Interrupted, LLMFrameError, RowFailed
 from llmframe.lines import line_to
+from llmframe.notices import say, warn
 from llmframe.options import Options
 from llmframe.pacing import Caps
 from llmframe.planning import check_columns, make_plan, rows_of, select
 from llmframe.prices import PriceOf, known_prices, read_prices
-from llmframe.progress import Bar, say, warn
+from llmframe.progress import Bar
 from llmframe.prompts import Missing, Prompts
 from llmframe.report import Run
 from llmframe.requests import Requests

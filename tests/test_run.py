@@ -401,5 +401,8 @@ def test_a_stopped_run_leaves_no_thread_of_its_own(ask: Caller, threads_before: 
         ask(texts(500), client=client, base_url=None, api_key=None, checkpoint=checkpoint)
     turning.join()
     client.close()
+    for thread in threading.enumerate():
+        if thread.name == "llmframe-work":  # it has given its result, and is on its way out
+            thread.join(1)
     own = {name for name in (thread.name for thread in threading.enumerate()) if name.startswith("llmframe")}
     assert own - threads_before == set()
