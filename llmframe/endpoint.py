@@ -111,10 +111,10 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Extras:
-    """What a call adds to every request beside the body: ``extra_headers=`` and ``extra_query=``."""
+    """What a call adds to every request beside the body, as the SDK takes it: ``extra_headers=``, ``extra_query=``."""
 
-    headers: tuple[tuple[str, str], ...] = ()
-    query: tuple[tuple[str, str], ...] = ()
+    headers: tuple[tuple[str, Any], ...] = ()
+    query: tuple[tuple[str, Any], ...] = ()
 
 
 def resolve(
@@ -182,8 +182,11 @@ def check_url(base_url: Any, name: str = "base_url") -> None:
 def _client(base_url: str | None, api_key: Any) -> openai.AsyncOpenAI:
     try:
         return openai.AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0)
-    except ImportError as error:  # a SOCKS proxy in the environment, and no package for it
-        raise ConfigurationError(f"the openai client cannot be made: {error}") from error
+    except (ImportError, OSError, ValueError) as error:  # it reads the environment, which may say anything
+        raise ConfigurationError(
+            f"the openai client cannot be made: {error}; look at SSL_CERT_FILE, SSL_CERT_DIR and the proxy variables "
+            "of the environment"
+        ) from error
 
 
 def _of_client(client: Any, extras: Extras) -> Endpoint:
@@ -198,7 +201,8 @@ def _of_client(client: Any, extras: Extras) -> Endpoint:
     if is_plain(client) and (proxy is None or proxy.startswith(("http://", "https://"))):
         headers = _merged(client.auth_headers, client.default_headers, dict(extras.headers))
         _check_headers(headers)
-        target = yarl.URL(url, encoded=True).update_query(extras.query)
+        query = client.qs.stringify(dict(extras.query))
+        target = yarl.URL(f"{url}?{query}" if query else url, encoded=True)
         timeout = _timeout(client)
         return Endpoint(
             identity(base_url),
@@ -209,11 +213,13 @@ def _of_client(client: Any, extras: Extras) -> Endpoint:
     # A client is its own key: another one at the same place in memory must not find this one's connections.
     shown = _without_secrets(url)
     if isinstance(client, openai.OpenAI):
-        return Endpoint(identity(base_url), shown, ("threads", client, extras), lambda: ThreadTransport(client, extras))
+        return Endpoint(
+            identity(base_url), shown, ("threads", client, repr(extras)), lambda: ThreadTransport(client, extras)
+        )
     return Endpoint(
         identity(base_url),
         shown,
-        ("sdk", client, extras),
+        ("sdk", client, repr(extras)),
         lambda: SdkTransport(client, extras),
         bound=not _is_default_transport(client),
     )
@@ -254,7 +260,7 @@ def _merged(*mappings: Mapping[str, Any]) -> dict[str, str]:
     merged: dict[str, tuple[str, Any]] = {}
     for mapping in mappings:
         merged.update({name.lower(): (name, value) for name, value in mapping.items()})
-    return {name: value for name, value in merged.values() if isinstance(value, str)}
+    return {name: str(value) for name, value in merged.values() if not isinstance(value, openai.Omit | None)}
 
 
 def _check_headers(headers: Mapping[str, str]) -> None:
@@ -281,7 +287,8 @@ def _proxy(base_url: str) -> str | None:
     if urllib.request.proxy_bypass(host if parts.port is None else f"{host}:{parts.port}"):
         return None
     proxies = urllib.request.getproxies()
-    return proxies.get(parts.scheme) or proxies.get("all")
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    return f"http://{proxy}" if proxy and "://" not in proxy else proxy
 
 
 def _files() -> int:
@@ -449,7 +456,11 @@ class ThreadTransport:
 def _request_options(extras: Extras) -> Any:
     options: dict[str, Any] = {"max_retries": 0, "follow_redirects": False}
     if extras.headers:
-        options["headers"] = dict(extras.headers)
+        options["headers"] = {
+            name: value if isinstance(value, openai.Omit) else str(value)
+            for name, value in extras.headers
+            if value is not None
+        }
     if extras.query:
         options["params"] = dict(extras.query)
     return options

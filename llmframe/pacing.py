@@ -242,12 +242,19 @@ class Pacer:
         self._refusals.answered(now - latency_s)
         if used is not None and reserved > 0:
             self._settle(now, reserved, used)
-        welcome = 0.0
         if headers is not None:
             self._read(now, headers, latency_s)
-            welcome = self._requests.rate or self._tokens.rate / max(1.0, reserved * self._ratio)
+        welcome = self._requests.rate
+        if not welcome and self._tokens.known:
+            welcome = self._tokens.rate * self._history.requests / max(1.0, self._history.tokens)
         if decision := self._window.answered(
-            now, latency_s, in_flight, wanted=self._wanted, busy=self._busy, welcome=welcome
+            now,
+            latency_s,
+            in_flight,
+            wanted=self._wanted,
+            busy=self._busy,
+            welcome=welcome,
+            allowed=min(welcome or math.inf, self._refusals.rate),
         ):
             self._note(now, decision)
 

@@ -86,6 +86,11 @@ class Refusals:
         self._refused_since = 0.0  # of what was sent since the mark
         self._held_s = 0.0  # since the mark
 
+    @property
+    def rate(self) -> float:
+        """Requests a second, as far as measured; infinite before."""
+        return self._rate if self._sure and self.crowd.most == math.inf else math.inf
+
     def wait_s(self, now: float) -> float:
         """Say how long the next request must wait."""
         if now < self.hold_until:

@@ -20,10 +20,10 @@ EVIDENCE_S = 0.05  # and seconds: an event loop delivers in bunches
 EARLY = 24  # answers after which the first requests can be found to queue
 SERIAL = 0.5  # log of how much faster the first four of sixteen are where these queue among themselves
 FULL = 0.9  # of the window in flight is a full window
-FULL_SHARE = 0.7  # of the answers must have come from a full window for it to be judged
+NEAR = 0.8  # of the allowed rate is so near that the window is not what limits
+FULL_SHARE = 0.95  # of the answers must have come from a full window for it to be judged
 
-GAIN = 1.1  # in flight for each request at work: some wait, so that no slot ever idles
-SPREAD = 1.25  # and so many times its square root: a few slots swing more than many
+SPREAD = 2.25  # times the square root of the requests at work may wait: no slot idles, and few swing more than many
 LATE_S = 0.005  # and so many seconds' worth, for a client that is late by that much
 FAST_S = 0.02  # but never less than so many seconds' worth: a queue of that length delays nobody
 
@@ -32,7 +32,7 @@ GROWING_AGAIN = 0.4  # where it had been passed before: chance must not move it
 MORE = 0.1  # log of a growth in flight that can be judged
 SURE = 1.2  # times as many at work as before is proof that growth helps
 LATELY = 0.9  # of the base latency is looked back on: answers that come in waves must not count twice
-UNSURE = 1.5  # times the window is as far as it grows without that proof
+UNSURE = 1.4  # times the window is as far as it grows without that proof
 BRAKE = 0.3  # log of the slow-down at which a growing window waits for its judgement
 BATCHING = 0.15  # log of a gain in speed that is worth slower answers
 
@@ -41,7 +41,7 @@ SUDDEN = 0.2  # log of a drop in latency that is no chance
 QUEUED = math.log(1.8)  # answers slower than that show a long queue, or that they have become another kind
 HELD = math.log(0.85)  # of the speed is all of it: fewer in flight made no difference
 NOISE = 0.07  # log of a change of latency that means nothing
-PROBE_SHARE = 1.3  # a probe has so many times more in flight, and then so many times fewer
+MORE_SHARE, FEWER_SHARE = 1.25, 1.3  # a probe has so many times more in flight, and then so many times fewer
 PROBE_S, LONGEST_PROBE_S = 10.0, 60.0  # between probes; doubled while they find nothing new
 PROBE_WINDOWS = 30  # but at least so many windows: a probe costs two of them a part of their speed
 DOUBTFUL_S, DOUBTFUL_WINDOWS = 2.0, 4  # until the next one, where a probe changed the picture
@@ -113,7 +113,7 @@ class First:
 
     def answered(self, sent: float, log: float) -> None:
         """Count an answer, if it is to one of them."""
-        if sent <= self.until and self.back < self.count:
+        if sent <= self.until + 1e-6 and self.back < self.count:  # a latency is rounded
             self.back += 1
             self.logs += log
 
@@ -149,6 +149,7 @@ class Window:
         # start
         self._began: float | None = None
         self._firsts = (First(4), First(8), First(START_AT_ONCE))
+        self._began_well = False  # the base is no longer that of the quickest answers alone
         # grow
         self._grew = now
         self._proof = 0.0  # more at work than that show that growth helps
@@ -191,7 +192,15 @@ class Window:
         self._recent = self._base
 
     def answered(
-        self, now: float, latency_s: float, in_flight: int, *, wanted: bool, busy: bool, welcome: float
+        self,
+        now: float,
+        latency_s: float,
+        in_flight: int,
+        *,
+        wanted: bool,
+        busy: bool,
+        welcome: float,
+        allowed: float,
     ) -> str:
         """Learn from an answer; the decision that it leads to, if any.
 
@@ -209,14 +218,15 @@ class Window:
             This machine is short of CPU: more in flight would wait here and not there.
         welcome : float
             Requests a second that the endpoint's headers allow; 0 where they do not say.
+        allowed : float
+            The same by headers or refusals; infinite where neither say.
         """
         log = math.log(max(latency_s, 1e-6))
         self._recent = log if self._recent is None else self._recent + (log - self._recent) / EVIDENCE
         self._lately.append(now)
-        if self._base is None:
-            for first in self._firsts:
-                first.answered(now - latency_s, log)
-        else:
+        if self._phase == "start" or not self._began_well:
+            self._note_first(now - latency_s, log)
+        if self._base is not None:
             since = now - LATELY * math.exp(self._base)
             while self._lately[0] < since:
                 self._lately.popleft()
@@ -246,9 +256,17 @@ class Window:
         if epoch.answers < max(EVIDENCE, epoch.load) or now - epoch.began < EVIDENCE_S:
             return ""
         self._epoch = Epoch(now, in_flight)
-        return self._judge(now, epoch, in_flight, busy)
+        return self._judge(now, epoch, in_flight, busy, allowed)
 
     # -- the first answers
+
+    def _note_first(self, sent: float, log: float) -> None:
+        for first in self._firsts:
+            first.answered(sent, log)
+        if self._phase == "grow" and (all_of_them := self._firsts[-1]).back == all_of_them.count:
+            self._began_well = True  # now that the slow ones among them are back too
+            if self._base is not None:
+                self._base = max(self._base, all_of_them.log(0.0))
 
     def _first_base(self, now: float) -> float:
         """Log latency of the first requests, or of the first few where even these wait for each other."""
@@ -270,7 +288,7 @@ class Window:
 
     # -- judgements
 
-    def _judge(self, now: float, epoch: Epoch, in_flight: int, busy: bool) -> str:
+    def _judge(self, now: float, epoch: Epoch, in_flight: int, busy: bool, allowed: float) -> str:
         sample = epoch.sample(now)
         full = epoch.full >= FULL_SHARE * epoch.answers
         if self._base is None:
@@ -283,6 +301,9 @@ class Window:
             return ""
         if self._phase == "probe":
             return self._judge_probe(now, sample, self._base, in_flight)
+        if sample.speed >= NEAR * allowed:  # a flat speed is the rate's doing, and a little more gets all of it
+            self._before = None
+            return self._look_for_room(now, in_flight, "room") if self._phase == "hold" else ""
         if self._phase == "hold":
             return self._judge_hold(now, sample, self._base, in_flight, busy)
         return self._judge_growth(now, sample, self._base, in_flight, busy)
@@ -361,7 +382,7 @@ class Window:
             return ""
         if self._doubtful:
             return self._have_fewer(in_flight, "probe")
-        return self._look_for_room(now, in_flight, "probe", PROBE_SHARE)
+        return self._look_for_room(now, in_flight, "probe", MORE_SHARE)
 
     # -- decisions
 
@@ -384,7 +405,7 @@ class Window:
         return decision
 
     def _have_fewer(self, in_flight: int, decision: str) -> str:
-        fewer = max(1.0, min(self.size / PROBE_SHARE, 0.95 * self._at_work), FAST_S * self._speed)
+        fewer = max(1.0, min(self.size / FEWER_SHARE, 0.95 * self._at_work), FAST_S * self._speed)
         if fewer < self.size and self.size > FEW_IN_FLIGHT:
             self._phase, self._load = "probe", in_flight
             self.size, self._settling = fewer, in_flight
@@ -393,8 +414,9 @@ class Window:
     def _hold(self, now: float, at_work: float, speed: float, in_flight: int) -> None:
         """Keep as many in flight as are worked on at one time, and a few more."""
         self._phase, self._usual, self._sudden, self._proof, self._slow = "hold", None, -math.inf, 0.0, True
+        self._began_well = True
         self._at_work, self._speed = at_work, speed
-        size = max(GAIN * at_work + SPREAD * math.sqrt(at_work) + LATE_S * speed, FAST_S * speed, 1.0)
+        size = max(at_work + SPREAD * math.sqrt(at_work) + LATE_S * speed, FAST_S * speed, 1.0)
         self.size = min(self._most, size)
         self._settling = in_flight
         self._probe_at = now + max(self._probe_after_s, PROBE_WINDOWS * size / speed)

@@ -282,6 +282,7 @@ class Simulation:
             if connection.exchange is not None:
                 self._leave(connection.exchange)
                 connection.exchange = None
+            connection.counted = False  # in the counts that begin here
             connection.transport.abort()
         self._busy = 0  # slots taken
         self._seen: Counter[bytes] = Counter()  # how often each content was let in

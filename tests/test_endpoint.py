@@ -175,6 +175,16 @@ def test_extra_headers_and_query_arrive_on_every_way(server: SimulatedServer, wa
     assert httpx2.QueryParams(query) == httpx2.QueryParams({"tier": "batch", "q": "a b&c"})
 
 
+def test_extras_mean_on_every_way_what_they_mean_to_the_sdk(server: SimulatedServer, way: str) -> None:
+    headers = (("X-Stainless-Lang", openai.Omit()), ("X-None", None), ("X-Number", 5))
+    extras = Extras(headers, (("a", [1, 2]), ("b", True), ("c", None)))
+    _, request = sent_by(server, CLIENTS[way](server.base_url), extras)
+    assert not {"x-stainless-lang", "x-none"} & request.headers.keys()
+    assert request.headers["x-number"] == "5"
+    query = httpx2.QueryParams(request.target.partition("?")[2])
+    assert query.multi_items() == [("a[]", "1"), ("a[]", "2"), ("b", "true")]
+
+
 def test_no_way_tries_again_by_itself(server: SimulatedServer, way: str) -> None:
     server.reset(status_all=500)
     client = CLIENTS[way](server.base_url).with_options(max_retries=5)
@@ -449,7 +459,10 @@ def proxied(server: SimulatedServer, monkeypatch: pytest.MonkeyPatch) -> Simulat
     return server
 
 
-def test_the_environments_proxy_is_used(proxied: SimulatedServer) -> None:
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:{port}", "127.0.0.1:{port}"])
+def test_the_environments_proxy_is_used(proxied: SimulatedServer, monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    monkeypatch.setenv("HTTP_PROXY", proxy.format(port=proxied.port))
+    monkeypatch.setenv("http_proxy", proxy.format(port=proxied.port))
     transport, [reply] = send_to(resolve(base_url="http://far-away.invalid/v1", api_key=KEY))
     assert transport is AiohttpTransport
     assert reply.status == 200
@@ -594,6 +607,17 @@ def test_what_is_no_url_in_the_environment_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setenv("OPENAI_BASE_URL", "localhost:8000")
     with pytest.raises(ConfigurationError, match="is no URL"):
         resolve()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("SSL_CERT_FILE", "/no/such/file.pem"), ("ALL_PROXY", "ftp://127.0.0.1:9")]
+)
+def test_what_the_environment_says_wrong_is_told_by_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError, match=r"the openai client cannot be made: .*SSL_CERT_FILE.*proxy"):
+        resolve(api_key=KEY)
 
 
 def test_what_is_no_client_is_refused() -> None:

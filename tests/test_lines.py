@@ -187,14 +187,15 @@ def test_a_line_ticks_while_a_run_uses_it_and_no_longer() -> None:
     alone(test)
 
 
-def test_no_more_is_let_in_than_the_transport_carries(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_is_let_in_than_the_transport_carries() -> None:
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     async def test() -> None:
+        endpoint = nowhere()
         resource.setrlimit(resource.RLIMIT_NOFILE, (20, hard))
         try:
-            line = await line_to(nowhere(), Caps())
+            line = await line_to(endpoint, Caps())
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert line.pacer.window == 15

@@ -176,8 +176,8 @@ def test_a_small_local_model_gets_a_few_requests_more_than_it_has_slots(slots: i
 
 
 def test_slots_that_grow_mid_run_are_noticed() -> None:
-    ideal_s = 8 + (4000 - 8 * 16 / (0.3 * MEAN)) / (128 / (0.3 * MEAN))
-    for out in runs(Server(slots=16, latency_s=0.3, sigma=0.3, schedule=((8, {"slots": 128}),)), 4000):
+    ideal_s = 8 + (5000 - 8 * 16 / (0.3 * MEAN)) / (128 / (0.3 * MEAN))
+    for out in runs(Server(slots=16, latency_s=0.3, sigma=0.3, schedule=((8, {"slots": 128}),)), 5000):
         assert out.seconds <= ideal_s * 1.08
         assert out.pacer.window <= 256
 

@@ -18,7 +18,7 @@ from typing import Any, cast
 import pandas as pd
 import pytest
 
-from llmframe import progress
+from llmframe import notices, progress
 from llmframe.engine import Tally
 from llmframe.errors import LLMFrameWarning
 from llmframe.results import Usage
@@ -183,7 +183,7 @@ def test_a_slow_run_says_its_rate_with_two_digits() -> None:
 @pytest.fixture
 def unsaid(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process in which nothing was said yet."""
-    monkeypatch.setattr(progress, "_said", set())
+    monkeypatch.setattr(notices, "_said", set())
 
 
 @pytest.mark.usefixtures("unsaid")
