@@ -16,7 +16,7 @@ from llmframe.results import Status
 Verdict = Literal["retry", "row", "run"]
 Kind = Literal["rate limit", "server error", "connection", "timeout", "bad body", "request", "access"]
 
-BACKOFF_BASE_S = 0.25  # a fault by chance is over at once; full jitter spreads the rest
+BACKOFF_BASE_S = 0.1  # a fault by chance is over at once, and a longer wait would be all that ends a short run
 BACKOFF_CAP_S = 30.0  # beyond it a wait only idles: outages have a probe of their own
 QUOTED = 500  # characters of an endpoint's own words in a message
 

@@ -351,15 +351,14 @@ def _deliverer(prepared: Prepared) -> Callable[[int, Completion], None]:
 
 def _split_extras(params: Any) -> tuple[dict[str, Any], Extras]:
     """Take apart what goes into the body and what goes beside it (the SDK's ``extra_*``)."""
-    body = {name: value for name, value in params.items() if name not in ("extra_headers", "extra_query", "extra_body")}
-    pairs: dict[str, tuple[tuple[str, str], ...]] = {}
+    body = dict(params)
+    extras: dict[str, dict[str, Any]] = {}
     for name in ("extra_headers", "extra_query", "extra_body"):
-        value = params.get(name) or {}
-        if not isinstance(value, dict):
-            raise ConfigurationError(f"{name}={value!r:.60} has to be a dict")
-        pairs[name] = tuple((str(key), str(item)) for key, item in value.items())
-    body.update(params.get("extra_body") or {})
-    return body, Extras(pairs["extra_headers"], pairs["extra_query"])
+        extras[name] = body.pop(name, None) or {}
+        if not isinstance(extras[name], dict):
+            raise ConfigurationError(f"{name}={extras[name]!r:.60} has to be a dict")
+    body.update(extras["extra_body"])
+    return body, Extras(tuple(extras["extra_headers"].items()), tuple(extras["extra_query"].items()))
 
 
 def _stopped(error: Any, state: State) -> Any:

@@ -237,7 +237,7 @@ class Window:
             return ""
         epoch = self._epoch
         epoch.answers += 1
-        epoch.seconds += latency_s
+        epoch.seconds += max(latency_s, 1e-6)
         epoch.logs += log
         epoch.squares += log * log
         if wanted and in_flight >= FULL * int(self.size):

@@ -474,6 +474,14 @@ def test_whatever_happens_a_request_is_let_out_again(events: list[tuple[str, flo
     raise AssertionError(f"nothing may be sent: {pacer.limited_by}")
 
 
+def test_a_clock_that_stands_still_breaks_nothing() -> None:
+    pacer = Pacer(Caps(), 0.0)
+    for _ in range(500):
+        pacer.sent(0.0, 10)
+        pacer.answered(0.0, latency_s=0.0, reserved=10, used=10, headers=RateHeaders(6000, 6000, 0.0, None, None, None))
+    assert pacer.wait_s(0.0, 10) == 0.0
+
+
 # ---- the timeline
 
 

@@ -140,7 +140,6 @@ def test_a_users_client_answers_every_row(ask: Caller, client: Any) -> None:
     own = client(ask.server.base_url)
     out = ask(texts(200), client=own, base_url=None, api_key=None)
     assert out["response"].tolist() == [f"echo: row {number}" for number in range(200)]
-    assert ask.server.stats().max_in_flight <= 100 or not isinstance(own, openai.OpenAI)
     if isinstance(own, openai.OpenAI):
         own.close()
 
@@ -406,3 +405,11 @@ def test_a_stopped_run_leaves_no_thread_of_its_own(ask: Caller, threads_before: 
             thread.join(1)
     own = {name for name in (thread.name for thread in threading.enumerate()) if name.startswith("llmframe")}
     assert own - threads_before == set()
+
+
+def test_extra_headers_and_queries_reach_the_endpoint_as_the_sdk_takes_them(ask: Caller) -> None:
+    ask(texts(1), extra_headers={"User-Agent": openai.Omit(), "x-team": "a"}, extra_query={"a": [1, 2]})
+    (request,) = ask.server.requests()
+    assert "user-agent" not in request.headers
+    assert request.headers["x-team"] == "a"
+    assert request.target.endswith("?a%5B%5D=1&a%5B%5D=2")
