@@ -45,8 +45,8 @@ class Loss:
 class Outage:
     """Failures without a sign of life between them.
 
-    Failures that come sooner than answers do overtake these, so there are two ways to count. Those that took as long
-    as an answer are counted in a row as they came back; all others only if half of what was sent since has failed.
+    Failures that come sooner than answers do overtake these, so there are two ways to count: in a row as they came
+    back, if one of them took as long as an answer; else only if half of what was sent since has failed.
     """
 
     def __init__(self) -> None:
@@ -56,6 +56,7 @@ class Outage:
         self._first_sent = 0.0  # when the first of them was sent
         self._sent_before = 0.0  # requests before that
         self._in_a_row = 0
+        self._timely = False  # one of these took as long as an answer
         self._answered_at = -math.inf
         self._probe_at = 0.0
         self._probe_sent: float | None = None
@@ -79,7 +80,7 @@ class Outage:
     def alive(self, now: float, sent: float) -> bool:
         """Note that something sent then was answered, were it with a refusal; True where that ends an outage."""
         self._answered_at = now
-        self._in_a_row = 0
+        self._in_a_row, self._timely = 0, False
         self.suspected = False
         if self._failures and sent < self._first_sent:
             return False
@@ -98,11 +99,11 @@ class Outage:
         if not self._failures or loss.sent < self._first_sent:
             self._first_sent, self._sent_before = loss.sent, loss.sent_before
         self._failures += 1
-        timely = loss.usual_s is not None and now - loss.sent >= 0.5 * loss.usual_s
-        if timely and not (loss.timed_out and self._answered_at >= loss.sent):  # a lone one that hangs says nothing
+        if not (loss.timed_out and self._answered_at >= loss.sent):  # a lone one that hangs says nothing
             self._in_a_row += 1
+            self._timely |= loss.usual_s is not None and now - loss.sent >= 0.5 * loss.usual_s
         half = self._failures >= 0.5 * (loss.sent_all - self._sent_before)
-        failures = max(self._in_a_row, self._failures if half else 0)
+        failures = max(self._in_a_row if self._timely else 0, self._failures if half else 0)
         self.suspected = failures >= SUSPECT
         if failures < (DOWN if loss.in_flight else DOWN_ALONE):
             return False

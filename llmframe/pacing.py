@@ -26,6 +26,7 @@ __all__ = ["Caps", "Moment", "Pacer"]
 BUSY_LAG_S = 0.02  # an event loop that late is out of CPU
 LAG_FADES = 0.7  # of the lag is remembered from one tick to the next
 RATIO_FADES = 0.98  # of the tokens used and reserved is remembered from one answer to the next
+LOOKS_S = (0.2, 1.0, 5.0)  # headers that are older than that say little of what was sent since
 MOMENT_S = 1.0  # between entries of the timeline without a decision
 MOMENTS = 4000  # entries of the timeline before it is thinned
 
@@ -129,7 +130,7 @@ class Pacer:
     @property
     def window(self) -> int:
         """Requests that may be in flight."""
-        return 1 if self._outage.since is not None else int(min(self._window.size, self._refusals.crowd.most))
+        return 1 if self._outage.since is not None else int(self._window.size)
 
     @property
     def limited_by(self) -> str:
@@ -172,9 +173,6 @@ class Pacer:
             capped = in_flight >= self._capped
             self._limit = "max_concurrency" if capped else "this machine" if self._busy else "server"
             return math.inf
-        if in_flight >= self._refusals.crowd.most:
-            self._wanted, self._limit = False, "server"
-            return math.inf
         wait_s, limit = 0.0, ""
         if self._starting and in_flight >= START_AT_ONCE and self._first_sent is not None:
             wait_s = self._first_sent + (in_flight + 1 - START_AT_ONCE) * START_GAP_S - now
@@ -200,8 +198,7 @@ class Pacer:
         self._in_flight += 1
         if self._first_sent is None:
             self._first_sent = now
-        if self._history.requests < START_AT_ONCE:
-            self._window.sent_first(now)
+        self._window.sent(now)
         amount = tokens * self._ratio
         for cap in self._request_caps:
             cap.take(now, 1.0)
@@ -239,7 +236,6 @@ class Pacer:
         self._latencies_s += latency_s
         self._starting = False
         self._alive(now, now - latency_s)
-        self._refusals.answered(now - latency_s)
         if used is not None and reserved > 0:
             self._settle(now, reserved, used)
         if headers is not None:
@@ -269,6 +265,7 @@ class Pacer:
             self._starting = False
             self._window.stop_start(self._in_flight)
         self._alive(now, sent)
+        self._window.lost(sent)
         explained = headers is not None and (
             (headers.remaining_requests is not None and headers.remaining_requests < 1)
             or (headers.remaining_tokens is not None and headers.remaining_tokens < 2 * reserved * self._ratio)
@@ -277,7 +274,6 @@ class Pacer:
             sent=sent,
             retry_after_s=retry_after_s,
             explained=explained,
-            in_flight=self._in_flight,
             sent_before=self._history.by(sent)[0],
             sent_all=self._history.requests,
             speed=self._history.speed(now),
@@ -299,6 +295,7 @@ class Pacer:
             sent_all=self._history.requests,
             in_flight=self._in_flight,
         )
+        self._window.lost(sent)
         if self._outage.failed(now, loss):
             self._note(now, f"down: {kind}")
 
@@ -312,6 +309,7 @@ class Pacer:
     ) -> None:
         """Count back a request that taught nothing, but that the endpoint is `alive` (a 4xx of the row's own)."""
         self._in_flight -= 1
+        self._window.lost(now - latency_s)
         if alive:
             self._alive(now, now - latency_s)
         else:
@@ -321,7 +319,6 @@ class Pacer:
         """Look at the whole: `lag_s` is how late the event loop was."""
         self._lag_s = max(lag_s, LAG_FADES * self._lag_s)
         self._last_limit, self._limit = self._limit, ""
-        self._refusals.crowd.tick(now)
         if now - self._noted[0] >= MOMENT_S:
             self._note(now, "")
 
@@ -351,22 +348,21 @@ class Pacer:
     def _read(self, now: float, headers: RateHeaders, age_s: float) -> None:
         """Learn from the headers of a request sent so long ago."""
         history, late_s = self._history, MARGIN_S + self._lag_s
-        requests, tokens, _ = history.by(now - age_s)
-        late_requests, late_tokens, _ = history.by(now - late_s)
+        sums = [(age, history.by(now - age)) for age in (late_s, age_s, *(age for age in LOOKS_S if age < age_s / 2))]
         at = max(now, self._refusals.hold_until)  # an endpoint that asks to stay away may refill only then
         self._requests.learn(
             at,
             headers.limit_requests,
             headers.remaining_requests,
             headers.reset_requests_s,
-            ((history.requests - requests - 1, age_s), (history.requests - late_requests, late_s)),
+            [(history.requests - requests, age) for age, (requests, _, _) in sums],
         )
         self._tokens.learn(
             at,
             headers.limit_tokens,
             headers.remaining_tokens,
             headers.reset_tokens_s,
-            ((history.tokens - tokens, age_s), (history.tokens - late_tokens, late_s)),
+            [(history.tokens - tokens, age) for age, (_, tokens, _) in sums],
         )
 
     def _note(self, now: float, decision: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import deque
+from collections.abc import Sequence
 
 STRETCH = 1.02  # a capped second is counted 2 % longer: the network may deliver 20 ms closer together than we sent
 MARGIN_S = 0.05  # of a told rate stay in the endpoint's bucket: what headers are late by
@@ -95,7 +96,7 @@ class Allowance:
         limit: float | None,
         remaining: float | None,
         reset_s: float | None,
-        sent: tuple[tuple[float, float], ...],
+        sent: Sequence[tuple[float, float]],
     ) -> None:
         """Correct the level by headers, which tell it as it was some time ago.
 
@@ -105,9 +106,10 @@ class Allowance:
             When the level is that again; nothing refills before.
         limit, remaining, reset_s : float or None
             As the headers say.
-        sent : tuple of (float, float)
-            For each moment that they may tell of (the request's arrival, the answer's departure) how much was sent
-            since, and how many seconds ago it is. Which one it is nobody says: the lowest level holds.
+        sent : sequence of (float, float)
+            How much was sent since a moment, and how many seconds ago that is: for the two moments that they may tell
+            of (the answer's departure, the request's arrival), and for others since. Which of the two it is nobody
+            says, so the lowest level holds; at the others the bucket was full at best.
         """
         if limit is None or remaining is None:
             return
@@ -120,8 +122,9 @@ class Allowance:
         self.rate = limit / period_s
         self._room = max(self._room, remaining)
         self._refill(now)
-        behind = max(0.0, *(amount - self.rate * age_s for amount, age_s in sent))
-        level = max(0.0, min(self._room, remaining - behind))  # what the endpoint refuses takes nothing from it
+        gone = [amount - self.rate * age_s for amount, age_s in sent]
+        level = min(remaining - max(0.0, gone[0], gone[1]), self._room - max(0.0, *gone[2:], 0.0))
+        level = max(0.0, level)  # what the endpoint refuses takes nothing from it
         if not (self.known and level <= self._level < level + 1):  # it is told in whole numbers
             self._level = level
         self._at = now

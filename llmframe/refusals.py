@@ -1,4 +1,4 @@
-"""What 429s alone show: a rate, or a number in flight, and the time to stay away.
+"""What 429s alone show: a rate, and the time to stay away.
 
 Pure. A time that the endpoint asks for is always waited; everything else here is a guess that the next refusal mends.
 """
@@ -6,7 +6,6 @@ Pure. A time that the endpoint asks for is always waited; everything else here i
 from __future__ import annotations
 
 import math
-from collections import deque
 from dataclasses import dataclass
 
 EVIDENCE = 5  # accepted requests that make a rate
@@ -17,17 +16,10 @@ PROBING = 0.1  # of the rate more when twice that time has gone by, and then wit
 CATCH_UP = 1.5  # times the rate, for what was held back
 KEPT = 0.8  # of that is trusted to be there
 GUESS = 0.5  # of the speed at which the first refusal came
-HOLD_S, LONGEST_HOLD_S = 0.025, 10.0  # without Retry-After: doubled at each refusal with no answer since the last
+HOLD_S, LONGEST_HOLD_S = 0.025, 10.0  # without Retry-After: doubled at each refusal with nothing let in since the last
 SOON_S = 0.5  # refused within that time after a decision: it was about the same thing
 RAMP_S, RAMP = 0.15, 5  # a guessed rate is reached by so many doublings, each so long
 DOUBLE_S = 3.0  # and doubled so often after that, until a refusal shows the rate
-
-ALIKE = 4  # refusals in a row at the same number in flight are about that number, and not about a rate
-FEWEST = 6  # in flight; fewer are alike by chance
-STRIKES = 3  # refusals below that number show that they are not
-APART_S = 0.2  # refusals closer together are one
-FORGIVE_S = 60.0  # until it is looked at again
-WIDEN_S = 10.0  # until one more than that number is tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +34,6 @@ class Refusal:
         What it asks for.
     explained : bool
         Its headers say that the rate that they tell is used up.
-    in_flight : int
-        The others.
     sent_before, sent_all : float
         Requests sent before it, and until now.
     speed : float
@@ -53,7 +43,6 @@ class Refusal:
     sent: float
     retry_after_s: float | None
     explained: bool
-    in_flight: int
     sent_before: float
     sent_all: float
     speed: float
@@ -67,7 +56,6 @@ class Refusals:
     """
 
     def __init__(self, now: float) -> None:
-        self.crowd = Crowd(now)
         self.hold_until = -math.inf
         self._rate = math.inf
         self._sure = False  # the rate was measured
@@ -80,7 +68,7 @@ class Refusals:
         self._may_catch_up = True
         self._decided = now  # refusals of what was sent before are no news
         self._sent_by_decision = 0.0
-        self._streak = 0  # refusals with no answer between them
+        self._streak = 0  # refusals with nothing let in between them
         self._mark: float | None = None  # when a request was sent that found the bucket empty
         self._sent_by_mark = 0.0
         self._refused_since = 0.0  # of what was sent since the mark
@@ -89,13 +77,13 @@ class Refusals:
     @property
     def rate(self) -> float:
         """Requests a second, as far as measured; infinite before."""
-        return self._rate if self._sure and self.crowd.most == math.inf else math.inf
+        return self._rate if self._sure else math.inf
 
     def wait_s(self, now: float) -> float:
         """Say how long the next request must wait."""
         if now < self.hold_until:
             return self.hold_until - now
-        if self._rate == math.inf or self.crowd.most < math.inf:
+        if self._rate == math.inf:
             return 0.0
         speed = self._speed(now)
         self._level = min(max(1.0, 0.02 * speed), self._level + speed * (now - self._at))  # 20 ms: a late timer's worth
@@ -108,26 +96,19 @@ class Refusals:
             self._level -= 1.0
             self._owed -= 1 - 1 / CATCH_UP
 
-    def answered(self, sent: float) -> None:
-        """Note that something sent then was answered."""
-        if sent >= self._decided:
-            self._streak = 0
-
     def refused(self, now: float, refusal: Refusal) -> str:
         """Learn from a 429; the decision, if any."""
         if self._mark is not None and refusal.sent >= self._mark:
             self._refused_since += 1
         news = refusal.sent >= self._decided
-        hold_s = self._hold(now, refusal, news)
+        let_in = refusal.sent_before > self._sent_by_decision
+        hold_s = self._hold(now, refusal, news, let_in)
         if not news:
             return ""
-        let_in = refusal.sent_before > self._sent_by_decision
         went_well_s = refusal.sent - self._decided
         self._decided, self._level, self._sent_by_decision = now, 1.0, refusal.sent_all
         if refusal.explained:
             return "refused"
-        if self.crowd.refused(now, refusal.in_flight):
-            return "refused: too many in flight"
         if self._mark is None:
             self._rate = max(1.0, GUESS * refusal.speed)
             self._ramp = hold_s < RAMP_S * RAMP  # else the bucket has filled meanwhile, at whatever rate
@@ -142,10 +123,11 @@ class Refusals:
             self._set_mark(refusal, hold_s)
         return "refused: rate measured"
 
-    def _hold(self, now: float, refusal: Refusal, news: bool) -> float:
+    def _hold(self, now: float, refusal: Refusal, news: bool, let_in: bool) -> float:
         hold_s = refusal.retry_after_s
         if hold_s is None:
-            self._streak += news
+            if news:
+                self._streak = 1 if let_in else self._streak + 1
             hold_s = min(LONGEST_HOLD_S, HOLD_S * 2.0**self._streak) if news else 0.0
         self.hold_until = max(self.hold_until, now + hold_s)
         self._since = self._at = max(self._since, self.hold_until)
@@ -180,39 +162,3 @@ class Refusals:
             held_s -= RAMP_S * RAMP
         doublings = held_s / (RAMP_S if held_s < 0 else DOUBLE_S)
         return self._rate * float(2.0 ** min(20.0, doublings))
-
-
-class Crowd:
-    """The number in flight beyond which the endpoint refuses, where it refuses by that and not by a rate."""
-
-    def __init__(self, now: float) -> None:
-        self.most = math.inf
-        self._at = now
-        self._strikes = 0
-        self._looks_at = -math.inf  # not before
-        self._seen: deque[int] = deque(maxlen=ALIKE)  # in flight at the last refusals
-
-    def tick(self, now: float) -> None:
-        """Try one more, now and then."""
-        if self.most < math.inf and now - self._at > WIDEN_S:
-            self.most, self._at, self._strikes = self.most + 1, now, -1
-
-    def refused(self, now: float, in_flight: int) -> bool:
-        """See whether a refusal is about the number in flight."""
-        if self.most < math.inf:
-            self._strikes += 1
-            self.most, self._at = max(1.0, min(self.most - 1, in_flight)), now
-            if self._strikes < STRIKES:
-                return True
-            self.most, self._looks_at = math.inf, now + FORGIVE_S
-        if now < self._looks_at:
-            return False
-        self._seen.append(in_flight)
-        self._looks_at = now + APART_S
-        fewest = min(self._seen)
-        alike = max(self._seen) - fewest <= max(1.0, 0.02 * fewest)
-        if len(self._seen) < ALIKE or fewest < FEWEST or not alike:
-            return False
-        self._seen.clear()
-        self.most, self._at, self._strikes = float(fewest), now, 0
-        return True

@@ -18,6 +18,7 @@ CEILING = 4096  # in flight; a client machine keeps no more connections than tha
 EVIDENCE = 16  # answers before a window is judged, at least
 EVIDENCE_S = 0.05  # and seconds: an event loop delivers in bunches
 EARLY = 24  # answers after which the first requests can be found to queue
+SLOWEST = 4.0  # times the usual latency is the longest that the first requests are waited for
 SERIAL = 0.5  # log of how much faster the first four of sixteen are where these queue among themselves
 FULL = 0.9  # of the window in flight is a full window
 NEAR = 0.8  # of the allowed rate is so near that the window is not what limits
@@ -42,8 +43,9 @@ QUEUED = math.log(1.8)  # answers slower than that show a long queue, or that th
 HELD = math.log(0.85)  # of the speed is all of it: fewer in flight made no difference
 NOISE = 0.07  # log of a change of latency that means nothing
 MORE_SHARE, FEWER_SHARE = 1.25, 1.3  # a probe has so many times more in flight, and then so many times fewer
-PROBE_S, LONGEST_PROBE_S = 10.0, 60.0  # between probes; doubled while they find nothing new
-PROBE_WINDOWS = 30  # but at least so many windows: a probe costs two of them a part of their speed
+PROBE_S = 10.0  # between probes
+PROBE_WINDOWS = 8  # but at least so many windows: a probe costs two of them a part of their speed
+RARER, RAREST = 2.0, 8.0  # both so many times more while probes find nothing new, and at most
 DOUBTFUL_S, DOUBTFUL_WINDOWS = 2.0, 4  # until the next one, where a probe changed the picture
 FEW_IN_FLIGHT = 6  # are not worth a probe
 
@@ -97,29 +99,50 @@ class Sample:
 class First:
     """The first few requests of a run: their latency is the one without a queue, or the nearest to it."""
 
-    __slots__ = ("back", "count", "logs", "most", "until")
+    __slots__ = ("back", "began", "count", "left", "logs", "size", "until")
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._restart()
+
+    def _restart(self) -> None:
+        self.left = self.size  # yet to be sent
         self.count = self.back = 0
-        self.until = -math.inf  # when the last of them was sent
+        self.began, self.until = math.inf, -math.inf  # when the first and the last of them were sent
         self.logs = 0.0
+
+    @property
+    def complete(self) -> bool:
+        """Whether all are back."""
+        return not self.left and self.back == self.count
 
     def sent(self, now: float) -> None:
         """Count a request, if it is among them."""
-        if self.count < self.most:
+        if self.left:
+            self.left -= 1
             self.count += 1
-            self.until = now
+            self.began, self.until = min(self.began, now), now
 
     def answered(self, sent: float, log: float) -> None:
         """Count an answer, if it is to one of them."""
-        if sent <= self.until + 1e-6 and self.back < self.count:  # a latency is rounded
+        if self._has(sent):
             self.back += 1
             self.logs += log
 
-    def log(self, age_s: float) -> float:
+    def lost(self, sent: float) -> None:
+        """Forget a request, if it is one of them; where all are lost the next ones are the first."""
+        if self._has(sent):
+            self.count -= 1
+            if not self.count:
+                self._restart()
+
+    def _has(self, sent: float) -> bool:
+        return sent <= self.until + 1e-6 and self.back < self.count  # a latency is rounded
+
+    def log(self, now: float) -> float:
         """Give the mean logarithm of their latency; those still out took at least the time since."""
-        return (self.logs + (self.count - self.back) * math.log(max(1e-6, age_s))) / max(self.count, 1)
+        age = math.log(max(1e-6, now - self.began)) if self.count else 0.0
+        return (self.logs + (self.count - self.back) * age) / max(self.count, 1)
 
 
 class Window:
@@ -157,7 +180,7 @@ class Window:
         self._before: tuple[float, int, int] | None = None  # speed, load and what was at work
         # probe
         self._load = 0  # in flight before it
-        self._probe_after_s = PROBE_S
+        self._probe_rarely = 1.0  # so many times less often than at first
         self._probe_at = math.inf
         self._doubtful = False  # the last one changed the picture
         # hold
@@ -170,13 +193,21 @@ class Window:
         """The latency while nothing queues; None while it is not known."""
         return None if self._base is None else math.exp(self._base)
 
-    def sent_first(self, now: float) -> None:
-        """Count one of the first requests."""
+    def sent(self, now: float) -> None:
+        """Count a request."""
+        if self._began_well:
+            return
         if self._began is None:
             self._began = now
             self._epoch = Epoch(now, START_AT_ONCE)
         for first in self._firsts:
             first.sent(now)
+
+    def lost(self, sent: float) -> None:
+        """Forget a request that got no answer."""
+        if not self._began_well:
+            for first in self._firsts:
+                first.lost(sent)
 
     def stop_start(self, in_flight: int) -> None:
         """End the start at what is in flight: the endpoint refuses more."""
@@ -185,7 +216,7 @@ class Window:
 
     def resume(self, now: float) -> None:
         """Go on as before an outage; what was being tried then is forgotten."""
-        if self._phase == "probe" or (self._phase == "grow" and self._at_work):
+        if self._phase == "probe":
             self._hold(now, self._at_work, self._speed, 0)
         self._before = None
         self._settling = int(self.size)  # until the window is full again
@@ -225,7 +256,7 @@ class Window:
         self._recent = log if self._recent is None else self._recent + (log - self._recent) / EVIDENCE
         self._lately.append(now)
         if self._phase == "start" or not self._began_well:
-            self._note_first(now - latency_s, log)
+            self._note_first(now, now - latency_s, log)
         if self._base is not None:
             since = now - LATELY * math.exp(self._base)
             while self._lately[0] < since:
@@ -260,18 +291,17 @@ class Window:
 
     # -- the first answers
 
-    def _note_first(self, sent: float, log: float) -> None:
-        for first in self._firsts:
-            first.answered(sent, log)
-        if self._phase == "grow" and (all_of_them := self._firsts[-1]).back == all_of_them.count:
-            self._began_well = True  # now that the slow ones among them are back too
-            if self._base is not None:
-                self._base = max(self._base, all_of_them.log(0.0))
+    def _note_first(self, now: float, sent: float, log: float) -> None:
+        for each in self._firsts:
+            each.answered(sent, log)
+        if self._phase == "grow" and self._base is not None:  # the quickest came first, and made it too low
+            self._base = max(self._base, self._first_base(now))
+            first = self._firsts[-1]
+            self._began_well = first.complete or now - first.began > SLOWEST * math.exp(self._base)
 
     def _first_base(self, now: float) -> float:
         """Log latency of the first requests, or of the first few where even these wait for each other."""
-        age_s = now - (now if self._began is None else self._began)
-        few, some, most = (first.log(age_s) for first in self._firsts)
+        few, some, most = (first.log(now) for first in self._firsts)
         return few if few < most - SERIAL else some if some < most - SERIAL else most
 
     def _queues_early(self, now: float, epoch: Epoch, recent: float, in_flight: int) -> bool:
@@ -298,6 +328,8 @@ class Window:
             self._before = None
             if self._phase == "probe":
                 self._hold(now, self._at_work, self._speed, in_flight)
+            elif self._phase == "grow" and epoch.full < 0.5 * epoch.answers:
+                self._base, self._error = sample.log, sample.error  # it is not our queue that they wait in
             return ""
         if self._phase == "probe":
             return self._judge_probe(now, sample, self._base, in_flight)
@@ -311,7 +343,7 @@ class Window:
     def _judge_start(self, now: float, epoch: Epoch, sample: Sample, full: bool) -> None:
         first = self._first_base(now)
         self._base, self._error = sample.log, sample.error
-        if first < sample.log - SUDDEN:  # what was sent at once is faster than what followed: that queues
+        if self._firsts[-1].count and first < sample.log - SUDDEN:  # what was sent at once is faster: the rest queued
             self._base, self._error = first, sample.spread / math.sqrt(START_AT_ONCE)
         self._phase = "grow"
         if full:
@@ -329,8 +361,10 @@ class Window:
             return ""
         speed_before, load_before, at_work_before = self._before
         more, faster = math.log(load / load_before), math.log(speed / speed_before)
-        if more < MORE and sample.log < base + BRAKE and not busy:
-            return ""
+        if more < MORE and (sample.log < base + BRAKE or in_flight > SURE * load) and not busy:
+            return ""  # what it has grown to since is yet to be seen
+        if not self._began_well:
+            return ""  # the base may be too low, with the slow ones among the first still out
         share = GROWING if self._limit == math.inf else GROWING_AGAIN
         helped = (more >= MORE and faster >= share * more) or at_work > max(SURE * at_work_before, self._proof)
         if helped and not busy:
@@ -352,7 +386,7 @@ class Window:
             return self._have_fewer(in_flight, "queue")
         news = abs(log - base) > 2 * NOISE + doubt
         self._base, self._error = log, sample.error
-        self._probe_after_s = PROBE_S if news else min(LONGEST_PROBE_S, 2 * self._probe_after_s)
+        self._probe_rarely = 1.0 if news else min(RAREST, RARER * self._probe_rarely)
         self._hold(now, min(self._load, load * fastest / speed), fastest, in_flight)
         self._doubtful = news
         if news:
@@ -419,7 +453,7 @@ class Window:
         size = max(at_work + SPREAD * math.sqrt(at_work) + LATE_S * speed, FAST_S * speed, 1.0)
         self.size = min(self._most, size)
         self._settling = in_flight
-        self._probe_at = now + max(self._probe_after_s, PROBE_WINDOWS * size / speed)
+        self._probe_at = now + self._probe_rarely * max(PROBE_S, PROBE_WINDOWS * size / speed)
 
 
 def with_grace(base: float) -> float:
