@@ -30,9 +30,8 @@ import yarl
 
 from llmframe.errors import ConfigurationError, EndpointError
 from llmframe.failures import Unreachable
-from llmframe.requests import identity
+from llmframe.requests import PATHS, Api, identity
 
-PATH = "/chat/completions"
 CONNECT_S = 10.0  # a host that takes no connection for this long is not there
 LARGE_BYTES = 1 << 19  # aiohttp writes bytes in one go, and warns of it from 1 MiB on; a file it writes in pieces
 KEEPALIVE_S = 30.0  # shorter than the idle limits of common servers and proxies (60 s), so none closes under a request
@@ -124,6 +123,7 @@ def resolve(
     api_key: Any = None,
     local_model: bool = False,
     extras: Extras = Extras(),
+    api: Api = "chat",
 ) -> Endpoint:
     """Find out where to send and how.
 
@@ -137,6 +137,8 @@ def resolve(
         Serve the embedded model and send there.
     extras : Extras
         Headers and query parameters of the call.
+    api : {"chat", "responses", "embeddings"}
+        Which of the endpoint's APIs is asked.
 
     Raises
     ------
@@ -146,7 +148,7 @@ def resolve(
     if client is not None:
         if base_url is not None or api_key is not None:
             raise ConfigurationError("client= brings its own URL and key; pass it, or base_url= and api_key=, not both")
-        return _of_client(client, extras)
+        return _of_client(client, extras, PATHS[api])
     if local_model:
         if base_url is not None:
             raise ConfigurationError(
@@ -154,7 +156,7 @@ def resolve(
             )
         from llmframe import local
 
-        served = _of_client(_client(local.serve(), "local"), extras)
+        served = _of_client(_client(local.serve(), "local"), extras, PATHS[api])
         return Endpoint(local.identity(), served.url, served.key, served.open)
     if base_url is not None:
         check_url(base_url)
@@ -163,7 +165,7 @@ def resolve(
             "no API key: set the environment variable OPENAI_API_KEY, or pass api_key= "
             '(any text will do for a server that asks for none); model="local" needs none'
         )
-    return _of_client(_client(base_url, api_key), extras)
+    return _of_client(_client(base_url, api_key), extras, PATHS[api])
 
 
 def check_url(base_url: Any, name: str = "base_url") -> None:
@@ -189,14 +191,14 @@ def _client(base_url: str | None, api_key: Any) -> openai.AsyncOpenAI:
         ) from error
 
 
-def _of_client(client: Any, extras: Extras) -> Endpoint:
+def _of_client(client: Any, extras: Extras, path: str) -> Endpoint:
     if not isinstance(client, openai.AsyncOpenAI | openai.OpenAI):
         raise ConfigurationError(
             f"client= is of type {type(client).__name__}; it has to be an openai.AsyncOpenAI or openai.OpenAI client"
         )
     base_url = str(client.base_url)
     check_url(base_url, "the client's base_url")
-    url = base_url.rstrip("/") + PATH
+    url = base_url.rstrip("/") + path
     proxy = _proxy(base_url)
     if is_plain(client) and (proxy is None or proxy.startswith(("http://", "https://"))):
         headers = _merged(client.auth_headers, client.default_headers, dict(extras.headers))
@@ -214,13 +216,16 @@ def _of_client(client: Any, extras: Extras) -> Endpoint:
     shown = _without_secrets(url)
     if isinstance(client, openai.OpenAI):
         return Endpoint(
-            identity(base_url), shown, ("threads", client, repr(extras)), lambda: ThreadTransport(client, extras)
+            identity(base_url),
+            shown,
+            ("threads", client, path, repr(extras)),
+            lambda: ThreadTransport(client, path, extras),
         )
     return Endpoint(
         identity(base_url),
         shown,
-        ("sdk", client, repr(extras)),
-        lambda: SdkTransport(client, extras),
+        ("sdk", client, path, repr(extras)),
+        lambda: SdkTransport(client, path, extras),
         bound=not _is_default_transport(client),
     )
 
@@ -370,25 +375,29 @@ class SdkTransport:
     ----------
     client : openai.AsyncOpenAI
         Any client; one without a transport of its own is given the SDK's aiohttp one.
+    path : str
+        Of the API, under the client's base URL.
     extras : Extras
         Headers and query parameters of the call.
     """
 
-    def __init__(self, client: openai.AsyncOpenAI, extras: Extras) -> None:
+    def __init__(self, client: openai.AsyncOpenAI, path: str, extras: Extras) -> None:
         self._own: httpx2.AsyncClient | None = None
         if _is_default_transport(client):
             self._own = openai.DefaultAioHttpClient(limits=httpx2.Limits(max_connections=None))
             client = client.with_options(http_client=self._own)
         self.most = _files() if self._own is not None else _pool(client)
         self._client = client
+        self._path = path
         self._options = _request_options(extras)
 
     async def send(self, body: bytes) -> Reply:
         """Send one request; see `Transport`."""
         # As a dict: Azure reads the deployment from it, and Bedrock signs what it makes of it.
         payload = orjson.loads(body)
+        post = self._client.post
         try:
-            return _reply(await self._client.post(PATH, cast_to=httpx2.Response, body=payload, options=self._options))
+            return _reply(await post(self._path, cast_to=httpx2.Response, body=payload, options=self._options))
         except Exception as error:
             return _reply_of(error)
 
@@ -407,13 +416,16 @@ class ThreadTransport:
     ----------
     client : openai.OpenAI
         A client that is more than its properties.
+    path : str
+        Of the API, under the client's base URL.
     extras : Extras
         Headers and query parameters of the call.
     """
 
-    def __init__(self, client: openai.OpenAI, extras: Extras) -> None:
+    def __init__(self, client: openai.OpenAI, path: str, extras: Extras) -> None:
         self.most = _pool(client)
         self._client = client
+        self._path = path
         self._options = _request_options(extras)
 
     async def send(self, body: bytes) -> Reply:
@@ -445,7 +457,7 @@ class ThreadTransport:
     def _send(self, body: bytes) -> Reply:
         payload = orjson.loads(body)
         try:
-            return _reply(self._client.post(PATH, cast_to=httpx2.Response, body=payload, options=self._options))
+            return _reply(self._client.post(self._path, cast_to=httpx2.Response, body=payload, options=self._options))
         except Exception as error:
             return _reply_of(error)
 

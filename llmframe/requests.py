@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import orjson
@@ -19,6 +19,14 @@ from llmframe.messages import Messages, plain_json
 
 CANONICAL_VERSION = 1
 OURS = frozenset({"model", "messages", "stream"})
+
+Api = Literal["chat", "responses", "embeddings"]
+PATHS: Mapping[Api, str] = {
+    "chat": "/chat/completions",
+    "responses": "/responses",
+    "embeddings": "/embeddings",
+}
+"""Each API of an endpoint, by its path under the base URL."""
 
 _write = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
@@ -40,6 +48,8 @@ class Requests:
         What the answers have to fit, in its canonical form: it is in the key.
     response_format : mapping, optional
         The same as the API takes it: it is in the body.
+    api : {"chat", "responses", "embeddings"}
+        Which of the endpoint's APIs is asked: it is in the key.
 
     Examples
     --------
@@ -57,6 +67,7 @@ class Requests:
         params: Mapping[str, Any],
         schema: Mapping[str, Any] | None = None,
         response_format: Mapping[str, Any] | None = None,
+        api: Api = "chat",
     ) -> None:
         for name in params.keys() & OURS:
             raise ConfigurationError(f"extra_body= has {name!r}, which is made here for each row; leave it out")
@@ -71,7 +82,7 @@ class Requests:
         meant = {
             "version": CANONICAL_VERSION,
             "endpoint": endpoint,
-            "api": "chat",
+            "api": api,
             "model": model,
             "params": asked,
             "schema": schema,

@@ -139,6 +139,7 @@ def prepare(prompts: Prompts, options: Options) -> Prepared:
         api_key=options.api_key,
         local_model=options.model == LOCAL and options.client is None,
         extras=extras,
+        api=options.api,
     )
     if target.bound and loops.in_running_loop():
         loops.let_callers_loop_nest()
@@ -150,6 +151,7 @@ def prepare(prompts: Prompts, options: Options) -> Prepared:
         params,
         schema.canonical if schema else None,
         schema.response_format if schema else None,
+        options.api,
     )
     plan = make_plan(prompts, requests, selected, dedupe=options.dedupe)
     state = State(prompts.frame, options, schema, plan, [None] * len(plan.keys))
