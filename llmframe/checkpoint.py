@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ import pandas as pd
 import pyarrow as pa
 
 from llmframe.errors import CheckpointError
+from llmframe.index import Hits, Index
 from llmframe.notices import warn
 from llmframe.parts import COLUMNS, Heads, NewerFormat, NotAPart, Origin, Part, PartWriter, Row, completions, encode
 from llmframe.results import STATUSES, Completion, text_dtype
@@ -58,20 +59,30 @@ class Checkpoint:
     """
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], origin: Origin) -> Checkpoint:
+    def open(cls, path: str | os.PathLike[str], origin: Origin, index: Index | None = None) -> Checkpoint:
         """Open the checkpoint at a directory or an fsspec URL, and make it if it is missing.
+
+        Parameters
+        ----------
+        path : str or path
+            The directory or URL.
+        origin : Origin
+            What is asked now.
+        index : Index, optional
+            One that is kept from run to run on this directory, so that none reads again what another has read.
 
         Raises
         ------
         CheckpointError
             If it is not a directory, cannot be written, or holds a part of a newer format.
         """
-        return cls(storage_at(path), os.fspath(path), origin.well_formed())
+        return cls(storage_at(path), os.fspath(path), origin.well_formed(), index)
 
-    def __init__(self, storage: Storage, where: str, origin: Origin) -> None:
+    def __init__(self, storage: Storage, where: str, origin: Origin, index: Index | None) -> None:
         self._storage = storage
         self._where = where
         self._origin = origin
+        self._index = index
         self._writer = f"{time.time_ns() // 1_000_000:012x}{os.urandom(5).hex()}"  # sorts by age
         self._numbers = itertools.count(1)
         self._rows: list[Row] = []
@@ -104,53 +115,52 @@ class Checkpoint:
     @property
     def held(self) -> int:
         """The distinct answers the directory held, by whomever, when it was last searched."""
-        if self._held is None:
-            for _ in self.find({}):
-                pass
-        return self._held or 0
+        return len(self._indexed()) if self._held is None else self._held
 
     @property
     def unsaved(self) -> int:
         """The answers added and not yet durable."""
         return len(self._rows)
 
-    def find(self, keys: Mapping[bytes, int]) -> Iterator[tuple[int, Completion]]:
-        """Yield the answers on disk to some of these keys, each with the number its key has, in no set order.
+    def find(self, keys: npt.NDArray[np.void]) -> Iterator[tuple[int, Completion]]:
+        """Yield the answers on disk to some of these keys, each with the place of its key, in no set order.
 
-        The newest answer of a key that was paid for is given; failures are not. Every part's keys are read once, and
-        only what is given is decoded, so ask for many keys at a time.
+        The newest answer of a key that was paid for is given; failures are not. Only what is given is decoded, so ask
+        for many keys at a time.
 
         Parameters
         ----------
-        keys : mapping of bytes to int
-            SHA-256 digests, each with a number of the caller's own from 0.
+        keys : array of void
+            SHA-256 digests, as `packed` gives them.
         """
-        wanted = keys
-        first = True
-        while wanted or first:
-            candidates, held = [], []
-            for name, heads in self._parts.read(Part.heads):
-                # A quarter of a digest tells any number of them apart that a disk can hold.
-                held.append(_words(heads.keys[heads.paid])[:, 0])
-                numbers = map(wanted.get, heads.keys.tolist(), itertools.repeat(-1))
-                ids = np.fromiter(numbers, np.int64, len(heads.keys))
-                candidates.append(_Candidates.of(name, heads, ids[:, None], (ids >= 0) & heads.paid))
-            if first:
-                self._held = len(np.unique(np.concatenate(held))) if held else 0
-                first = False
-            missed: set[int] = set()
+        order = np.argsort(keys)
+        while True:
+            index = self._indexed()
+            candidates = [_Candidates.of_hits(hits, order) for hits in index.find(keys[order])]
+            missed: list[npt.NDArray[np.int64]] = []
             for name, rows, ids in _winners(candidates):
-                given = 0
+                places, given = ids[:, 0], 0
                 try:
                     with self._parts.open(name) as part:
                         for table in part.take(rows):
                             answers = completions(table)
-                            yield from zip(ids[given : given + len(answers), 0].tolist(), answers, strict=True)
+                            yield from zip(places[given : given + len(answers)].tolist(), answers, strict=True)
                             given += len(answers)
                 except (FileNotFoundError, NotAPart) as error:  # merged meanwhile, or damaged: look elsewhere
                     self._parts.lost(name, error)
-                    missed.update(ids[given:, 0].tolist())
-            wanted = {key: number for key, number in keys.items() if number in missed} if missed else {}
+                    missed.append(places[given:])
+            if not missed:
+                return
+            order = order[np.isin(order, np.concatenate(missed))]
+
+    def _indexed(self) -> Index:
+        """Give an index of what is on disk now: the one it was opened with, or one for this search."""
+        index = self._index if self._index is not None else Index()
+        for name, heads in self._parts.read(Part.heads, known=index.parts):
+            index.add(name, heads)
+        index.forget(index.parts - self._parts.listed)
+        self._held = len(index)
+        return index
 
     def differs(self) -> str | None:
         """Say what has changed since the answers in the directory were asked for; None if there are none."""
@@ -302,7 +312,7 @@ class Checkpoint:
             except (NotAPart, CheckpointError):
                 self._unmergeable.add(name)
                 continue
-            candidates.append(_Candidates.of(name, heads, _words(heads.keys)))
+            candidates.append(_Candidates.of(name, heads))
             self._stop_if_asked()
         if len(candidates) < 2:
             return
@@ -372,7 +382,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> pd.DataFrame:
     where = os.fspath(path)
     parts = _Parts(storage_at(path), where)
     while True:
-        candidates = [_Candidates.of(name, heads, _words(heads.keys)) for name, heads in parts.read(Part.heads)]
+        candidates = [_Candidates.of(name, heads) for name, heads in parts.read(Part.heads)]
         tables, origins = [], dict[Origin, int]()
         for name, rows, _ in _winners(candidates):
             try:
@@ -396,12 +406,14 @@ class _Parts:
         self._storage = storage
         self._where = where
         self._skipped: set[str] = set()
+        self.listed: Set[str] = frozenset()
+        """The parts there were at the last look."""
         self.origins: dict[str, tuple[Origin, ...]] = {}
         """The origins of every part met so far."""
 
-    def read(self, read: Callable[[Part], _T]) -> Iterator[tuple[str, _T]]:
-        """Read something of every part, each once, the oldest first."""
-        met: set[str] = set()
+    def read(self, read: Callable[[Part], _T], known: Set[str] = frozenset()) -> Iterator[tuple[str, _T]]:
+        """Read something of every part, each once, the oldest first; those of which it is known are left out."""
+        met: set[str] = set(known)
         vanished = True
         while vanished:
             vanished = False
@@ -436,15 +448,16 @@ class _Parts:
             self._skipped.add(name)
             warn(f"{self._where}/{name} is skipped: {error}; what it may have answered is asked again; move it away")
 
-    def _list(self) -> set[str]:
+    def _list(self) -> Set[str]:
         try:
-            return self._storage.parts().keys() - self._skipped
+            self.listed = self._storage.parts().keys() - self._skipped
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CheckpointError(f"there is no checkpoint at {self._where}; check the path") from error
         except OSError as error:
             raise CheckpointError(
                 f"the checkpoint {self._where} cannot be listed: {_reason(error)}; try again"
             ) from error
+        return self.listed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -458,11 +471,13 @@ class _Candidates:
     answered_at: npt.NDArray[np.int64]
 
     @classmethod
-    def of(
-        cls, name: str, heads: Heads, ids: npt.NDArray[Any], chosen: npt.NDArray[np.bool_] | None = None
-    ) -> _Candidates:
-        rows = np.arange(len(heads.keys)) if chosen is None else np.flatnonzero(chosen)
-        return cls(name, rows, ids[rows], heads.paid[rows], heads.answered_at[rows])
+    def of(cls, name: str, heads: Heads) -> _Candidates:
+        return cls(name, np.arange(len(heads.keys)), _words(heads.keys), heads.paid, heads.answered_at)
+
+    @classmethod
+    def of_hits(cls, hits: Hits, places: npt.NDArray[np.intp]) -> _Candidates:
+        paid = np.ones(len(hits.rows), np.bool_)
+        return cls(hits.name, hits.rows, places[hits.places][:, None], paid, hits.answered_at)
 
 
 def _winners(candidates: Sequence[_Candidates]) -> Iterator[tuple[str, npt.NDArray[np.int64], npt.NDArray[Any]]]:

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from llmframe.requests import KEY_BYTES
 from llmframe.results import PAID, Completion
 
 __all__ = [
@@ -62,7 +63,6 @@ COLUMNS = pa.schema(
 )
 REQUIRED = ("key", "status", "text")  # without one of these there is no answer to give back
 
-KEY_BYTES = 32
 GROUP_ROWS = 16_384  # what a reader decodes at once
 GROUP_BYTES = 32 << 20  # the same for long texts
 REPEATING = ["status", "text", "texts.list.element", "error", "finish_reason", "model", "attempts", "origin"]

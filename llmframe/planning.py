@@ -6,6 +6,7 @@ a column in the way costs nothing.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from llmframe.errors import ConfigurationError
 from llmframe.messages import kind
 from llmframe.options import Options
 from llmframe.prompts import Missing, Prompts
-from llmframe.requests import Requests
+from llmframe.requests import Requests, packed
 from llmframe.results import column_dtype, column_names, text_dtype, typed
 from llmframe.schemas import Labels
 
@@ -32,8 +33,8 @@ class Plan:
         Each row's request by number; -1 for a row that sends none.
     first : array of int
         Each request's first row.
-    keys : list of bytes
-        Each request's key.
+    keys : array of void
+        Each request's key, of 32 bytes.
     skipped : dict of int to str
         Why a row sends none, by position.
     selected : array of bool
@@ -42,7 +43,7 @@ class Plan:
 
     request_of: npt.NDArray[np.intp]
     first: npt.NDArray[np.intp]
-    keys: list[bytes]
+    keys: npt.NDArray[np.void]
     skipped: dict[int, str]
     selected: npt.NDArray[np.bool_]
 
@@ -137,8 +138,7 @@ def make_plan(prompts: Prompts, requests: Requests, selected: npt.NDArray[np.boo
         A row that cannot be rendered.
     """
     request_of = np.full(len(prompts), -1, dtype=np.intp)
-    keys: list[bytes] = []
-    first: list[int] = []
+    first = array("q")
     skipped: dict[int, str] = {}
     numbers: dict[bytes, int] = {}
     occurrences: dict[bytes, int] = {}
@@ -159,11 +159,10 @@ def make_plan(prompts: Prompts, requests: Requests, selected: npt.NDArray[np.boo
                 key = requests.key(messages, occurrence)
         number = numbers.get(key)
         if number is None:
-            number = numbers[key] = len(keys)
-            keys.append(key)
+            number = numbers[key] = len(first)
             first.append(position)
         request_of[position] = number
-    return Plan(request_of, np.array(first, dtype=np.intp), keys, skipped, selected)
+    return Plan(request_of, np.array(first, dtype=np.intp), packed(numbers), skipped, selected)
 
 
 def output_dtypes(options: Options, schema: Labels | None) -> dict[str, Any]:
@@ -177,7 +176,6 @@ def output_dtypes(options: Options, schema: Labels | None) -> dict[str, Any]:
     }
 
 
-def rows_of(plan: Plan) -> list[int]:
+def rows_of(plan: Plan) -> npt.NDArray[np.intp]:
     """Give how many rows share each request."""
-    counts: list[int] = np.bincount(plan.request_of[plan.request_of >= 0], minlength=len(plan.first)).tolist()
-    return counts
+    return np.bincount(plan.request_of[plan.request_of >= 0], minlength=len(plan.first))

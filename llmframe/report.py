@@ -5,7 +5,6 @@ Every look is of that moment; nothing here changes the run.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import astuple, fields
 
 import numpy as np
@@ -33,8 +32,9 @@ class Run:
     @property
     def counts(self) -> dict[str, int]:
         """Rows by status, those that occur."""
-        counts = Counter(completion.status for completion in self._state.completions())
-        return {status: counts[status] for status in STATUSES if counts[status]}
+        codes = self._state.outcomes.statuses(self._state.plan.request_of)
+        counts = np.bincount(codes, minlength=len(STATUSES)).tolist()
+        return {status: count for status, count in zip(STATUSES, counts, strict=True) if count}
 
     @property
     def usage(self) -> Usage:
@@ -59,10 +59,12 @@ class Run:
     @property
     def errors(self) -> pd.DataFrame:
         """The errors of this run, the commonest first: ``status``, ``error``, ``rows``, a ``position`` to look at."""
+        columns = self._state.columns(details=False)
+        statuses, errors = columns["_status"], columns["_error"]
+        told = ~errors.isna() & ~statuses.isin(["skipped", "pending"])
         seen: dict[tuple[str, str], list[int]] = {}
-        for position, completion in enumerate(self._state.completions()):
-            if completion.error is not None and completion.status not in ("skipped", "pending"):
-                seen.setdefault((completion.status, completion.error), []).append(position)
+        for position in np.flatnonzero(told).tolist():
+            seen.setdefault((statuses[position], errors[position]), []).append(position)
         ranked = sorted(seen.items(), key=lambda item: -len(item[1]))
         return pd.DataFrame(
             {

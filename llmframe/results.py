@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 Status = Literal["ok", "truncated", "filtered", "refused", "invalid", "failed", "skipped", "pending"]
@@ -156,30 +156,11 @@ def twin(completion: Completion) -> Completion:
     )
 
 
-def columns(completions: Sequence[Completion], *, output: str, details: bool, labelled: bool) -> dict[str, list[Any]]:
-    """Turn completions into the values of each column a call writes.
-
-    Parameters
-    ----------
-    completions : sequence of Completion
-        One a row, in the frame's order.
-    output : str
-        The response column, and the prefix of the others.
-    details : bool
-        Whether the detail columns are wanted.
-    labelled : bool
-        Whether an answer is what the schema reads in it.
-    """
-    values: dict[str, list[Any]] = {output: [c.parsed if labelled else c.text for c in completions]}
-    for suffix in (*SUFFIXES, *(DETAILS if details else ())):
-        get = attrgetter(suffix[1:])
-        values[output + suffix] = [get(completion) for completion in completions]
-    return values
-
-
-def typed(values: Sequence[Any], dtype: Any) -> Any:
+def typed(values: Sequence[Any] | npt.NDArray[np.object_], dtype: Any) -> Any:
     """Make one column's values an array of its type."""
     if dtype is object:
+        if isinstance(values, np.ndarray):
+            return values
         cells = np.empty(len(values), dtype=object)
         for place, value in enumerate(values):  # as one assignment numpy would make lists of a length a matrix
             cells[place] = value

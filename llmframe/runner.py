@@ -24,6 +24,7 @@ from llmframe.errors import CheckpointError, ConfigurationError, Interrupted, LL
 from llmframe.lines import line_to
 from llmframe.notices import say, warn
 from llmframe.options import Options
+from llmframe.outcomes import Outcomes
 from llmframe.pacing import Caps
 from llmframe.planning import check_columns, make_plan, rows_of, select
 from llmframe.prices import PriceOf, known_prices, read_prices
@@ -154,7 +155,7 @@ def prepare(prompts: Prompts, options: Options) -> Prepared:
         options.api,
     )
     plan = make_plan(prompts, requests, selected, dedupe=options.dedupe)
-    state = State(prompts.frame, options, schema, plan, [None] * len(plan.keys))
+    state = State(prompts.frame, options, schema, plan, Outcomes(len(plan.keys)))
     checkpoint = None
     if options.checkpoint is not None:
         origin = Origin(
@@ -200,13 +201,12 @@ def _recall(prepared: Prepared) -> None:
     shared = rows_of(state.plan)
     found = 0
     if not state.options.refresh:
-        wanted = {key: number for number, key in enumerate(state.plan.keys)}
-        for number, completion in checkpoint.find(wanted):
+        for number, completion in checkpoint.find(state.plan.keys):
             kept = _reread(completion, state.schema)
             if kept is None or (kept.text is None and state.options.where == "missing"):
                 continue  # a refusal is kept as what it is, until a call asks for what has no answer
-            state.outcomes[number] = kept
-            state.rows_done += shared[number]
+            state.outcomes.put(number, kept)
+            state.rows_done += int(shared[number])
             found += 1
     where = state.options.checkpoint
     if found:
@@ -239,9 +239,9 @@ async def execute(prepared: Prepared) -> None:
     state, checkpoint = prepared.state, prepared.checkpoint
     whole = False
     try:
-        asked = [number for number, outcome in enumerate(state.outcomes) if outcome is None]
-        if asked:
-            await _ask(prepared, np.array(asked, dtype=np.intp))
+        asked = state.outcomes.pending()
+        if len(asked):
+            await _ask(prepared, asked)
         whole = True
     finally:
         state.ended = time.monotonic()
@@ -301,7 +301,7 @@ async def _save(checkpoint: Checkpoint) -> None:
 def _bodies(prepared: Prepared, asked: npt.NDArray[np.intp]) -> Iterator[tuple[int, bytes]]:
     """Make each request as a worker asks for it."""
     positions = prepared.state.plan.first[asked]
-    for number, messages in zip(asked.tolist(), prepared.prompts.render(positions), strict=True):
+    for number, messages in zip(map(int, asked), prepared.prompts.render(positions), strict=True):
         assert not isinstance(messages, Missing)
         yield number, prepared.requests.body(messages)
 
@@ -328,8 +328,8 @@ def _deliverer(prepared: Prepared) -> Callable[[int, Completion], None]:
     shared = rows_of(state.plan)
 
     def deliver(number: int, completion: Completion) -> None:
-        state.outcomes[number] = completion
-        state.rows_done += shared[number]
+        state.outcomes.put(number, completion)
+        state.rows_done += int(shared[number])
         if completion.status in PAID:
             state.usage += Usage(
                 completion.prompt_tokens or 0,
@@ -340,7 +340,7 @@ def _deliverer(prepared: Prepared) -> Callable[[int, Completion], None]:
             if completion.cost_usd is not None:
                 state.cost_usd = (state.cost_usd or 0.0) + completion.cost_usd
         if checkpoint is not None:
-            checkpoint.add(state.plan.keys[number], completion)
+            checkpoint.add(state.plan.keys[number].tobytes(), completion)
         if completion.status == "failed" and state.options.on_error == "raise":
             position = int(state.plan.first[number])
             label = state.source.index[[position]].tolist()[0]  # Python's own type, as `tolist` gives it

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from llmframe.engine import Tally
 from llmframe.options import Options
+from llmframe.outcomes import NOT_SELECTED, Outcomes
 from llmframe.pacing import Pacer
 from llmframe.planning import Plan, output_dtypes
-from llmframe.results import Completion, Usage, columns, twin, typed
+from llmframe.results import Completion, Usage, twin, typed
 from llmframe.schemas import Labels
-
-PENDING = Completion(status="pending", error="not asked")
 
 
 @dataclass(eq=False, slots=True)
@@ -34,7 +35,7 @@ class State:
         What the answers have to fit.
     plan : Plan
         Which row sends what.
-    outcomes : list of Completion or None
+    outcomes : Outcomes
         What each request gave, by number.
     rows_done : int
         Rows whose request has an outcome.
@@ -54,7 +55,7 @@ class State:
     options: Options
     schema: Labels | None
     plan: Plan
-    outcomes: list[Completion | None]
+    outcomes: Outcomes
     rows_done: int = 0
     usage: Usage = field(default_factory=Usage)
     cost_usd: float | None = None
@@ -80,24 +81,27 @@ class State:
         made: list[Completion] = []
         for position, number in enumerate(plan.request_of.tolist()):
             if number < 0:
-                made.append(Completion(status="skipped", error=plan.skipped.get(position, "not selected")))
+                made.append(Completion(status="skipped", error=plan.skipped.get(position, NOT_SELECTED)))
                 continue
-            outcome = self.outcomes[number] or PENDING
+            outcome = self.outcomes[number]
             made.append(outcome if plan.first[number] == position else twin(outcome))
         return made
+
+    def columns(self, *, details: bool) -> dict[str, Any]:
+        """Give the columns of the call by suffix, over every row; see `Outcomes.columns`."""
+        plan = self.plan
+        answer = "text" if self.schema is None else "parsed"
+        return self.outcomes.columns(plan.request_of, plan.first, plan.skipped, details=details, answer=answer)
 
     def frame(self) -> pd.DataFrame:
         """Give the source with its new columns."""
         options = self.options
-        values = columns(
-            self.completions(), output=options.output, details=options.details, labelled=self.schema is not None
-        )
+        values = self.columns(details=options.details)
         frame = self.source.copy(deep=False)
         for name, dtype in output_dtypes(options, self.schema).items():
-            cells = values[name]
+            cells = values.pop(name[len(options.output) :])
             if name in frame.columns:  # a call with where=: the rows left out keep what they hold
-                kept = frame[name].astype(object).tolist()
-                chosen = self.plan.selected.tolist()
-                cells = [new if take else old for new, old, take in zip(cells, kept, chosen, strict=True)]
+                kept = np.fromiter(frame[name].astype(object), object, len(frame))
+                cells = np.where(self.plan.selected, np.fromiter(cells, object, len(frame)), kept)
             frame[name] = typed(cells, dtype)
         return frame

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,9 @@ from hypothesis import strategies as st
 
 from llmframe.checkpoint import FANOUT, FLUSH_ROWS, FLUSH_S, Checkpoint, Origin, read_checkpoint
 from llmframe.errors import CheckpointError, ConfigurationError, LLMFrameWarning
+from llmframe.index import Index
 from llmframe.parts import COLUMNS, NewerFormat, NotAPart, Part, completions, encode
+from llmframe.requests import packed
 from llmframe.results import PAID, STATUSES, Completion
 
 ORIGIN = Origin("http://localhost:8000/v1", "chat", "gpt-4o-mini", "Good?\n\n{review}", '{"temperature":0}')
@@ -46,10 +48,15 @@ def save(path: str | os.PathLike[str], answers: dict[int, Completion], *, origin
     checkpoint.close(tidy=False)
 
 
+def asked(checkpoint: Checkpoint, numbers: Sequence[int]) -> Iterator[tuple[int, Completion]]:
+    """What a checkpoint has for these numbers."""
+    return ((numbers[place], each) for place, each in checkpoint.find(packed(map(key, numbers))))
+
+
 def found(path: str | os.PathLike[str], numbers: range) -> dict[int, Completion]:
     checkpoint = Checkpoint.open(path, ORIGIN)
     try:
-        pairs = list(checkpoint.find({key(number): number for number in numbers}))
+        pairs = list(asked(checkpoint, numbers))
     finally:
         checkpoint.close(tidy=False)
     assert len(pairs) == len(dict(pairs)), "an answer was given twice"
@@ -231,7 +238,7 @@ def test_opening_tidies_a_crowd_that_killed_runs_left(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tmp_path, ORIGIN)
 
     assert len(parts(tmp_path)) < 10
-    assert dict(checkpoint.find({key(number): number for number in range(70)})).keys() == set(range(70))
+    assert dict(asked(checkpoint, range(70))).keys() == set(range(70))
     checkpoint.close()
 
 
@@ -307,7 +314,7 @@ def test_a_reader_finds_every_answer_once_while_its_parts_are_merged_away(tmp_pa
         writer.add(key(number), answer(str(number)))
         writer.flush()
     reader = Checkpoint.open(tmp_path, ORIGIN)
-    answers = reader.find({key(number): number for number in range(FANOUT)})
+    answers = asked(reader, range(FANOUT))
     first = next(answers)
 
     writer.add(key(FANOUT - 1), answer())
@@ -419,7 +426,7 @@ def test_a_torn_part_is_reported_by_name_skipped_and_kept(tmp_path: Path, kept: 
     with pytest.warns(LLMFrameWarning, match=victim.name) as caught:
         checkpoint = Checkpoint.open(tmp_path, ORIGIN)
 
-    assert dict(checkpoint.find({key(number): number for number in range(4)})) == {2: answer("two")}
+    assert dict(asked(checkpoint, range(4))) == {2: answer("two")}
     checkpoint.close()
     assert len(caught) == 1
     assert victim.exists()
@@ -435,7 +442,7 @@ def test_a_part_damaged_after_it_was_listed_gives_way_to_another_copy(tmp_path: 
     part.write_bytes(data)
 
     with pytest.warns(LLMFrameWarning, match=part.name):
-        assert dict(checkpoint.find({key(1): 1})) == {1: answer("one")}
+        assert dict(asked(checkpoint, [1])) == {1: answer("one")}
     checkpoint.close()
 
 
@@ -492,7 +499,7 @@ def test_text_that_is_not_utf8_is_not_trusted(tmp_path: Path) -> None:
 
     checkpoint = Checkpoint.open(tmp_path, ORIGIN)
     with pytest.warns(LLMFrameWarning, match="UTF"):
-        assert list(checkpoint.find({key(1): 1})) == []
+        assert list(asked(checkpoint, [1])) == []
     checkpoint.close()
 
 
@@ -584,12 +591,12 @@ def test_a_part_that_cannot_be_opened_for_now_stops_the_run_before_it_pays_again
         os.close(used.pop())  # enough to list the directory, and that is closed again
         used.append(os.open(os.devnull, os.O_RDONLY))
         with pytest.raises(CheckpointError, match=r"cannot be listed|could not be read"):
-            list(checkpoint.find({key(1): 1}))
+            list(asked(checkpoint, [1]))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         for descriptor in used:
             os.close(descriptor)
-    assert dict(checkpoint.find({key(1): 1})) == {1: answer()}
+    assert dict(asked(checkpoint, [1])) == {1: answer()}
     checkpoint.close()
 
 
@@ -821,8 +828,8 @@ def test_a_network_that_fails_is_not_taken_for_a_torn_object(url: str, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(MemoryFile, "read", fail, raising=False)
         with pytest.raises(CheckpointError, match="could not be read: connection reset"):
-            list(checkpoint.find({key(1): 1}))
-    assert dict(checkpoint.find({key(1): 1})) == {1: answer()}
+            list(asked(checkpoint, [1]))
+    assert dict(asked(checkpoint, [1])) == {1: answer()}
     checkpoint.close()
 
 
@@ -842,3 +849,33 @@ def test_the_stored_columns_are_those_of_a_completion() -> None:
     derived = {"parsed", "source"}
     bookkeeping = {"key", "texts", "answered_at", "origin"}
     assert set(COLUMNS.names) - bookkeeping == {field.name for field in dataclasses.fields(Completion)} - derived
+
+
+# An index that is kept
+
+
+def test_a_kept_index_reads_no_part_twice_and_finds_what_came_and_what_was_merged(tmp_path: Path) -> None:
+    index = Index()
+    for number in range(2 * FANOUT):
+        checkpoint = Checkpoint.open(tmp_path, ORIGIN, index)
+        known = set(index.parts)
+        checkpoint.add(key(number), answer(str(number)))
+        checkpoint.flush()
+        got = dict(asked(checkpoint, range(2 * FANOUT)))
+        assert {each: answered.text for each, answered in got.items()} == {n: str(n) for n in range(number + 1)}
+        assert len(index) == checkpoint.held == number + 1
+        assert len(set(index.parts) - known) <= 2  # what was added, and what a merge left
+        checkpoint.close()
+
+
+def test_a_kept_index_takes_45_bytes_an_answer_at_most(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(tmp_path, ORIGIN)
+    for number in range(5_000):
+        checkpoint.add(key(number), answer())
+    checkpoint.flush()
+    index = Index()
+    (path,) = parts(tmp_path)
+    index.add(path.name, Part(str(path)).heads())
+    (held,) = index._parts.values()
+    assert held.keys.nbytes + held.rows.nbytes + held.answered_at.nbytes <= 45 * 5_000
+    checkpoint.close()

@@ -19,12 +19,14 @@ from pathlib import Path
 import pytest
 
 from llmframe.checkpoint import Checkpoint, Origin, read_checkpoint
+from llmframe.requests import packed
 
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
 SHARED = textwrap.dedent("""
     import hashlib, os, sys
     from llmframe.checkpoint import Checkpoint, Origin
+    from llmframe.requests import packed
     from llmframe.results import Completion
 
     ORIGIN = Origin("e", "chat", "m", "{x}", "{}")
@@ -67,9 +69,10 @@ RIVAL = SHARED + textwrap.dedent("""
                 add(checkpoint, number)
                 number += 1
             checkpoint.flush()
-        mine = {hashlib.sha256(str(n).encode()).digest(): n for n in range(start, number)}
-        found = dict(checkpoint.find(mine))
-        assert found.keys() == set(range(start, number)), f"{len(mine) - len(found)} answers are gone"
+        mine = range(start, number)
+        keys = packed(hashlib.sha256(str(n).encode()).digest() for n in mine)
+        found = {mine[place]: answer for place, answer in checkpoint.find(keys)}
+        assert found.keys() == set(mine), f"{len(mine) - len(found)} answers are gone"
         assert all(found[n].text == f"answer {n}" for n in found)
         checkpoint.close()
     print(number)
@@ -99,7 +102,9 @@ def start(script: str, *arguments: object) -> subprocess.Popen[str]:
 def found(path: Path, numbers: set[int]) -> set[int]:
     """The numbers whose answers are there; every one must be the right one."""
     checkpoint = Checkpoint.open(path, Origin("e", "chat", "m", "{x}", "{}"))
-    answers = dict(checkpoint.find({hashlib.sha256(str(number).encode()).digest(): number for number in numbers}))
+    asked = sorted(numbers)
+    keys = packed(hashlib.sha256(str(number).encode()).digest() for number in asked)
+    answers = {asked[place]: answer for place, answer in checkpoint.find(keys)}
     checkpoint.close()
     assert all(answer.text == f"answer {number}" for number, answer in answers.items())
     return set(answers)

@@ -13,14 +13,11 @@ from hypothesis import strategies as st
 from llmframe.results import (
     DETAILS,
     PAID,
-    SOURCES,
     STATUSES,
     SUFFIXES,
     Completion,
     Usage,
-    column_dtype,
     column_names,
-    columns,
     text_dtype,
     twin,
     typed,
@@ -54,39 +51,6 @@ def test_the_columns_have_their_names_and_their_order() -> None:
     assert column_names("a", details=True) == (*column_names("a", details=False), *(f"a{name}" for name in DETAILS))
 
 
-COUNT = st.none() | st.integers(0, 2**53)
-TEXT = st.none() | st.text()
-COMPLETIONS = st.builds(
-    Completion,
-    text=TEXT,
-    status=st.sampled_from(STATUSES),
-    error=TEXT,
-    prompt_tokens=COUNT,
-    completion_tokens=COUNT,
-    cached_tokens=COUNT,
-    reasoning_tokens=COUNT,
-    cost_usd=st.none() | st.floats(0, 1e6),
-    latency_s=st.none() | st.floats(0, 1e6),
-    attempts=st.integers(0, 99),
-    finish_reason=TEXT,
-    model=TEXT,
-    source=st.none() | st.sampled_from(SOURCES),
-    request_id=TEXT,
-)
-
-
-@settings(deadline=None)
-@given(st.lists(COMPLETIONS, max_size=5))
-def test_types_never_depend_on_the_data_and_nothing_is_lost(completions: list[Completion]) -> None:
-    values = columns(completions, output="a", details=True, labelled=False)
-    assert tuple(values) == column_names("a", details=True)
-    for name, cells in values.items():
-        dtype = column_dtype(name[1:], text_dtype())
-        made = pd.Series(typed(cells, dtype))
-        assert made.dtype == dtype
-        assert [None if pd.isna(cell) else cell for cell in made.tolist()] == cells
-
-
 @settings(deadline=None)
 @given(st.lists(st.none() | st.lists(st.none() | st.text(), max_size=3), max_size=4))
 def test_an_object_column_holds_lists_as_they_are(cells: list[Any]) -> None:
@@ -103,12 +67,6 @@ def test_a_column_of_labels_has_all_of_them_in_their_order(labels: list[Any], pl
     made = typed(cells, pd.CategoricalDtype(labels))
     assert made.categories.tolist() == labels
     assert [None if pd.isna(cell) else cell for cell in made.tolist()] == cells
-
-
-def test_a_labelled_column_holds_what_the_schema_read() -> None:
-    completions = [Completion(text="1", parsed=1, status="ok"), Completion(status="invalid", error="no")]
-    assert columns(completions, output="a", details=False, labelled=True)["a"] == [1, None]
-    assert columns(completions, output="a", details=False, labelled=False)["a"] == ["1", None]
 
 
 def test_every_suffix_is_a_field_of_a_completion() -> None:

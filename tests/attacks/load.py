@@ -1,0 +1,192 @@
+"""A million rows in one process: the memory they take, the files they leave, and how long the finished run resumes.
+
+    python -m tests.attacks.load --rows 1000000
+
+The server answers after 5 ms from a process of its own; what is measured is the process that makes the call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import llmframe
+from llmframe import runner
+from tests.server import SimulatedServer
+
+LATENCY_S = 0.005
+REPORT_S = 10.0
+MB = 1e6
+MOST_OVER_MB = 1000.0  # memory beyond the frame's own, at a million rows
+MOST_FILES = 12  # a handful of small parts, and those that are large enough to stay as they are
+MOST_RESUME_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one call took.
+
+    Attributes
+    ----------
+    seconds, cpu_s : float
+        From the call to its frame, and the process's CPU time in it.
+    before_mb, peak_mb : float
+        Resident memory of the process before the call, and the highest.
+    frame_mb, result_mb : float
+        What pandas says that the frame and the result take.
+    rows, answered, requests : int
+        Of the result; that are ``ok``; that were sent.
+    """
+
+    seconds: float
+    cpu_s: float
+    before_mb: float
+    peak_mb: float
+    frame_mb: float
+    result_mb: float
+    rows: int
+    answered: int
+    requests: int
+
+    @property
+    def over_mb(self) -> float:
+        """The whole process at its highest, interpreter and libraries included, less the frame that it was given."""
+        return self.peak_mb - self.frame_mb
+
+
+def resident_mb() -> float:
+    """Give the memory that this process holds now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / MB
+
+
+def peak_mb() -> float:
+    """Give the most memory that this process ever held."""
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / MB if sys.platform == "darwin" else most * 1024 / MB
+
+
+def make_call(url: str, rows: int, directory: str, measured: Any) -> None:
+    """Make the call in a process of its own, saying how it gets on."""
+    frame = pd.DataFrame({"text": [f"row {number}: is this good or bad?" for number in range(rows)]})
+    frame_mb = float(frame.memory_usage(deep=True, index=True).sum()) / MB
+    before = resident_mb()
+    over = threading.Event()
+    watcher = threading.Thread(target=_report, args=(over, Path(directory)), daemon=True)
+    watcher.start()
+    began, cpu = time.monotonic(), time.process_time()
+    out = llmframe.LLMFrame(frame).complete(
+        "{text}", model="m", base_url=url, api_key="sk-test-not-a-secret", checkpoint=directory, progress=False
+    )
+    seconds = time.monotonic() - began
+    cpu = time.process_time() - cpu
+    peak = peak_mb()
+    over.set()
+    watcher.join()
+    measured.put(
+        Measured(
+            seconds,
+            cpu,
+            before,
+            peak,
+            frame_mb,
+            float(out.memory_usage(deep=True, index=True).sum()) / MB,
+            len(out),
+            int((out["response_status"] == "ok").sum()),
+            llmframe.last_run().requests,
+        )
+    )
+
+
+def _report(over: threading.Event, directory: Path) -> None:
+    began, then, done = time.monotonic(), time.monotonic(), 0
+    while not over.wait(REPORT_S):
+        now, run = time.monotonic(), runner._last
+        rows = 0 if run is None else run._state.rows_done
+        files, size = files_in(directory)
+        print(
+            f"  {now - began:6.0f} s {rows:9,} rows {(rows - done) / (now - then):7,.0f} rows/s "
+            f"{resident_mb():7,.0f} MB resident, {files} files, {size / MB:,.1f} MB",
+            flush=True,
+        )
+        then, done = now, rows
+
+
+def files_in(directory: Path) -> tuple[int, int]:
+    """Count a checkpoint's files and their bytes."""
+    sizes = []
+    for path in directory.iterdir() if directory.exists() else ():
+        try:
+            sizes.append(path.stat().st_size)
+        except FileNotFoundError:  # merged meanwhile
+            continue
+    return len(sizes), sum(sizes)
+
+
+def in_a_process(url: str, rows: int, directory: str) -> Measured:
+    """Make the call in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    measured = context.SimpleQueue()
+    process = context.Process(target=make_call, args=(url, rows, directory, measured))
+    process.start()
+    process.join()
+    if process.exitcode != 0:
+        raise RuntimeError(f"the call ended with {process.exitcode}")
+    result: Measured = measured.get()
+    return result
+
+
+def main() -> int:
+    """Run the attack from a shell; 1 where a bound was passed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.attacks.load", description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--over-mb", type=float, default=MOST_OVER_MB, help="the most memory over the frame's own")
+    chosen = parser.parse_args()
+    with SimulatedServer(latency_s=LATENCY_S, log=False) as server, tempfile.TemporaryDirectory() as place:
+        directory = str(Path(place) / "runs")
+        print(f"{chosen.rows:,} rows, a server of {LATENCY_S * 1000:.0f} ms, one process", flush=True)
+        first = in_a_process(server.base_url, chosen.rows, directory)
+        server_cpu_s = server.stats().cpu_s
+        files, size = files_in(Path(directory))
+        _say("the run", first)
+        print(
+            f"  {first.rows / first.seconds:,.0f} rows/s; CPU a row {first.cpu_s / first.rows * 1e3:.3f} ms here, "
+            f"{server_cpu_s / first.rows * 1e3:.3f} ms the server's; {files} files, {size / MB:,.1f} MB",
+            flush=True,
+        )
+        again = in_a_process(server.base_url, chosen.rows, directory)
+        _say("the same call after it", again)
+    bounds = [
+        (first.answered == chosen.rows, f"{first.answered:,} of {chosen.rows:,} rows answered"),
+        (first.over_mb <= chosen.over_mb, f"{first.over_mb:,.0f} MB over the frame's own, at most {chosen.over_mb:,g}"),
+        (files <= MOST_FILES, f"{files} files, at most {MOST_FILES}"),
+        (again.requests == 0 and again.answered == chosen.rows, f"{again.requests} requests to resume, at most 0"),
+        (again.seconds <= MOST_RESUME_S, f"{again.seconds:.1f} s to resume, at most {MOST_RESUME_S:.0f}"),
+        (again.over_mb <= chosen.over_mb, f"{again.over_mb:,.0f} MB to resume, at most {chosen.over_mb:,g}"),
+    ]
+    for held, said in bounds:
+        print(f"{'kept  ' if held else 'BROKEN'} {said}")
+    return 0 if all(held for held, _ in bounds) else 1
+
+
+def _say(what: str, call: Measured) -> None:
+    print(
+        f"{what}: {call.seconds:.1f} s, {call.requests:,} requests; {call.peak_mb:,.0f} MB at the highest, "
+        f"{call.over_mb:,.0f} over the frame's own {call.frame_mb:,.0f} ({call.before_mb:,.0f} before the call; "
+        f"the result is {call.result_mb:,.0f})",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
