@@ -13,7 +13,7 @@ import orjson
 from llmframe.messages import well_formed
 from llmframe.prices import PriceOf
 from llmframe.results import STATUSES, Completion, Status, Usage
-from llmframe.schemas import Labels, Unfit
+from llmframe.schemas import Labels, Schema, Unfit
 
 QUOTED = 200  # characters of an answer in an error
 
@@ -51,7 +51,7 @@ def read_usage(payload: Any) -> Usage | None:
 def read_chat(
     payload: Any,
     *,
-    schema: Labels | None,
+    schema: Schema | None,
     price: PriceOf | None,
     several: bool,
     latency_s: float,
@@ -64,7 +64,7 @@ def read_chat(
     ----------
     payload : object
         The reply's JSON.
-    schema : Labels, optional
+    schema : Schema, optional
         What the answer has to fit.
     price : callable, optional
         Gives what the usage costs.
@@ -114,7 +114,7 @@ def read_chat(
     )
 
 
-def _read_choice(choice: dict[str, Any], schema: Labels | None) -> tuple[str | None, Any, Status, str | None]:
+def _read_choice(choice: dict[str, Any], schema: Schema | None) -> tuple[str | None, Any, Status, str | None]:
     """Give a choice's text, what the schema reads in it, its status and its error."""
     content = _item(choice, "message", "content")
     if isinstance(content, list):  # content parts, which some servers answer with
@@ -133,17 +133,22 @@ def _read_choice(choice: dict[str, Any], schema: Labels | None) -> tuple[str | N
         said = f"{len(calls)} tool call(s) and no text" if isinstance(calls, list) and calls else "no text"
         return None, None, "invalid", f"the answer holds {said}"
     content = well_formed(content)
-    if schema is None:
+    if isinstance(schema, Labels):
         if finish == "length":
-            return content, None, "truncated", "the answer was cut at the token limit (finish_reason length)"
-        return content, None, "ok", None
+            return None, None, "truncated", f"the answer was cut at the token limit: {content!r:.{QUOTED}}"
+        try:
+            label = schema.read(content)
+        except Unfit as error:
+            return None, None, "invalid", str(error)
+        return str(label), label, "ok", None
     if finish == "length":
-        return None, None, "truncated", f"the answer was cut at the token limit: {content!r:.{QUOTED}}"
+        return content, None, "truncated", "the answer was cut at the token limit (finish_reason length)"
+    if schema is None:
+        return content, None, "ok", None
     try:
-        label = schema.read(content)
+        return content, schema.read(content), "ok", None
     except Unfit as error:
-        return None, None, "invalid", str(error)
-    return str(label), label, "ok", None
+        return content, None, "invalid", str(error)
 
 
 def _item(value: Any, *names: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -105,7 +105,7 @@ class Outcomes:
         skipped: Mapping[int, str],
         *,
         details: bool,
-        answer: str = "text",
+        answer: Literal["text", "parsed"] = "text",
     ) -> dict[str, Any]:
         """Give the columns that a call writes, each but the answer an array of its type.
 
@@ -127,7 +127,7 @@ class Outcomes:
         dict
             By suffix, the answer's own being empty.
         """
-        made: dict[str, Any] = {"": self._cells(answer)[request_of]}
+        made: dict[str, Any] = {"": self.cells(answer)[request_of]}
         twins = request_of >= 0
         twins[twins] = first[request_of[twins]] != np.flatnonzero(twins)
         codes = self.statuses(request_of)
@@ -142,7 +142,7 @@ class Outcomes:
             elif name == "source":
                 made[suffix] = pd.Categorical.from_codes(self._sources_of(request_of, twins), dtype=dtype)
             else:
-                cells = self._cells(name)[request_of]
+                cells = self.cells(name)[request_of]
                 if name == "error":
                     cells[codes == _PENDING] = NOT_ASKED
                     cells[codes == _SKIPPED] = NOT_SELECTED
@@ -151,7 +151,8 @@ class Outcomes:
                 made[suffix] = typed(cells, dtype)
         return made
 
-    def _cells(self, name: str) -> npt.NDArray[np.object_]:
+    def cells(self, name: str) -> npt.NDArray[np.object_]:
+        """Give a text or object of every request by number, and last of all that of a row that sends none: None."""
         if name in self._words:
             return self._words[name].cells()
         values = self._objects.get(name)

@@ -19,8 +19,8 @@ from llmframe.messages import kind
 from llmframe.options import Options
 from llmframe.prompts import Missing, Prompts
 from llmframe.requests import Requests, packed
-from llmframe.results import column_dtype, column_names, text_dtype, typed
-from llmframe.schemas import Labels
+from llmframe.results import column_dtype, column_names, property_column, text_dtype, typed
+from llmframe.schemas import Schema
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def _as_series(where: Any) -> pd.Series[Any]:
 
 
 def check_columns(
-    frame: pd.DataFrame, options: Options, schema: Labels | None, selected: npt.NDArray[np.bool_]
+    frame: pd.DataFrame, options: Options, schema: Schema | None, selected: npt.NDArray[np.bool_]
 ) -> None:
     """Refuse to overwrite what is there, and to mix what does not fit.
 
@@ -99,7 +99,8 @@ def check_columns(
     ConfigurationError
         An output column exists and no ``where=`` says which rows to fill, or holds values of another kind.
     """
-    existing = [name for name in column_names(options.output, options.details) if name in frame.columns]
+    dtypes = output_dtypes(options, schema)
+    existing = [name for name in dtypes if name in frame.columns]
     if not existing:
         return
     if options.where is None:
@@ -107,7 +108,7 @@ def check_columns(
             f"the frame has a column {existing[0]!r} already; pass where='missing' to fill what it lacks, "
             "or output= to write under another name"
         )
-    for name, dtype in output_dtypes(options, schema).items():
+    for name, dtype in dtypes.items():
         if name not in frame.columns:
             continue
         if int((frame.columns == name).sum()) > 1:
@@ -165,15 +166,16 @@ def make_plan(prompts: Prompts, requests: Requests, selected: npt.NDArray[np.boo
     return Plan(request_of, np.array(first, dtype=np.intp), packed(numbers), skipped, selected)
 
 
-def output_dtypes(options: Options, schema: Labels | None) -> dict[str, Any]:
+def output_dtypes(options: Options, schema: Schema | None) -> dict[str, Any]:
     """Give the columns that a call writes and their types, in order."""
     answer: Any = text_dtype() if schema is None else schema.dtype
     if options.several:
         answer = object  # a list of answers in each cell
-    return {
-        name: column_dtype(name[len(options.output) :], answer)
-        for name in column_names(options.output, options.details)
-    }
+    first, *others = column_names(options.output, options.details)
+    made = {first: answer}
+    for name, dtype in () if schema is None else schema.columns.items():
+        made[property_column(options.output, name)] = dtype
+    return made | {name: column_dtype(name[len(first) :], answer) for name in others}
 
 
 def rows_of(plan: Plan) -> npt.NDArray[np.intp]:

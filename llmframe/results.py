@@ -69,7 +69,7 @@ class Completion:
     prompt_tokens, completion_tokens : int or None
         As the endpoint counted them; None where it did not say.
     parsed : object
-        The answer read by the schema: a label, or None without a schema.
+        The answer read by the schema: a label, a pydantic model's instance, or a dict; None without a schema.
     cached_tokens, reasoning_tokens : int or None
         The parts of the two above that were read from a cache and spent on thinking.
     cost_usd : float or None
@@ -116,8 +116,19 @@ DETAILS = (
 
 
 def column_names(output: str, details: bool) -> tuple[str, ...]:
-    """Give the names of the columns a call writes, in order."""
+    """Give the names of the columns a call writes, those of a schema's properties aside, in order."""
     return (output, *(output + suffix for suffix in (*SUFFIXES, *(DETAILS if details else ()))))
+
+
+def property_column(output: str, name: str) -> str:
+    """Give the name of a property's column.
+
+    Examples
+    --------
+    >>> property_column("response", "stars"), property_column("response", "status")
+    ('response_stars', 'response_status_')
+    """
+    return f"{output}_{name}" + ("_" if f"_{name}" in (*SUFFIXES, *DETAILS) else "")
 
 
 def text_dtype() -> Any:

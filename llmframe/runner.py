@@ -33,7 +33,7 @@ from llmframe.prompts import Missing, Prompts
 from llmframe.report import Run
 from llmframe.requests import Requests
 from llmframe.results import PAID, Completion, Usage
-from llmframe.schemas import Labels, Unfit, read_schema
+from llmframe.schemas import Schema, Unfit, read_schema
 from llmframe.state import State
 
 LOCAL = "local"  # the model= that means the embedded one
@@ -220,9 +220,9 @@ def _recall(prepared: Prepared) -> None:
             warn(f"0 of {checkpoint.held:,} answers in {where} fit: {why}; asking {total:,}")
 
 
-def _reread(completion: Completion, schema: Labels | None) -> Completion | None:
+def _reread(completion: Completion, schema: Schema | None) -> Completion | None:
     """Read a kept answer by the schema again, since what it reads is not kept; None where it does not fit."""
-    if schema is None or completion.text is None:
+    if schema is None or completion.text is None or completion.status != "ok":
         return completion
     try:
         if isinstance(completion.text, list):

@@ -1,142 +1,58 @@
-"""Schemas: what an answer has to fit, as the API takes it, and as it is read when it comes back.
+"""Schemas: what an answer has to fit, whichever way a call says it.
 
-An answer that does not fit is never guessed at: it is `Unfit`, with the reason.
+A list of labels is `Labels`; a pydantic model or a JSON schema is `Objects`. Both say how the API is asked, read what
+comes back, and name the columns that it fills.
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import orjson
-import pandas as pd
+import pydantic
 
 from llmframe.errors import SchemaError
-from llmframe.messages import well_formed
+from llmframe.labels import PROPERTY, Labels, read_labels
+from llmframe.objects import Objects, of_json_schema, of_model
+from llmframe.repair import Unfit
 
-PROPERTY = "label"  # what a label is called where the output's name will not do
+__all__ = ["Labels", "Objects", "Schema", "Unfit", "read_schema"]
 
-
-_API_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # what the API takes as the name of a json_schema
-
-
-class Unfit(Exception):
-    """An answer does not fit the schema."""
+Schema = Labels | Objects
 
 
-@dataclass(frozen=True, slots=True)
-class Labels:
-    """A closed list of labels, one of which is the answer.
-
-    Parameters
-    ----------
-    values : tuple of str, or tuple of int
-        The labels, in the order their categories will have.
-    name : str
-        What they are labels of, as the model is told: the one property of the object that the API's strict mode wants
-        at the root. It steers a small model: on 80 reviews ``sentiment`` got 70 right, and ``label`` 53.
-    """
-
-    values: tuple[str, ...] | tuple[int, ...]
-    name: str = PROPERTY
-
-    @property
-    def canonical(self) -> dict[str, Any]:
-        """The schema as a key has it: what was asked for, not how it is put to the API."""
-        return {"labels": list(self.values)}
-
-    @property
-    def response_format(self) -> dict[str, Any]:
-        """The schema as the API takes it."""
-        kind = "string" if isinstance(self.values[0], str) else "integer"
-        schema = {
-            "type": "object",
-            "properties": {self.name: {"type": kind, "enum": list(self.values)}},
-            "required": [self.name],
-            "additionalProperties": False,
-        }
-        return {"type": "json_schema", "json_schema": {"name": self.name, "strict": True, "schema": schema}}
-
-    @property
-    def dtype(self) -> pd.CategoricalDtype:
-        """The type of a column of labels."""
-        return pd.CategoricalDtype(list(self.values))
-
-    def read(self, text: str) -> str | int:
-        """Read an answer.
-
-        Raises
-        ------
-        Unfit
-            The answer is none of the labels; the reason quotes it.
-
-        Examples
-        --------
-        >>> Labels(("positive", "negative")).read('{"label": "positive"}')
-        'positive'
-        """
-        bare = text.strip()
-        try:
-            answer = orjson.loads(bare)
-        except orjson.JSONDecodeError:
-            answer = None
-        wrapped = answer[self.name] if isinstance(answer, dict) and answer.keys() == {self.name} else None
-        for label in self.values:
-            # Exactly a label and nothing else is that label, also from a server that ignores response_format.
-            if bare == str(label) or (type(wrapped) is type(label) and wrapped == label):
-                return label
-        labels = ", ".join(map(repr, self.values))
-        raise Unfit(f"the answer {text!r:.200} is none of the labels {labels:.200}")
-
-
-def read_schema(schema: Any, output: str = PROPERTY) -> Labels | None:
+def read_schema(schema: Any, output: str = PROPERTY) -> Schema | None:
     """Read the ``schema=`` of a call.
 
     Parameters
     ----------
-    schema : list of str, list of int, or None
-        The labels.
+    schema : list of str, list of int, pydantic model, dict or None
+        Labels, a class, or a JSON schema.
     output : str
-        The column that they are for, whose name tells the model what they are about.
+        The column that it is for: with labels its name tells the model what they are about.
 
     Raises
     ------
     SchemaError
-        It is no list of labels, or the labels are empty, repeated or of mixed types.
+        It is none of these, or says what cannot be asked for.
 
     Examples
     --------
     >>> read_schema(["positive", "negative"])
     Labels(values=('positive', 'negative'), name='label')
+    >>> read_schema({"type": "object", "properties": {"stars": {"type": "integer"}}}).columns
+    {'stars': Int64Dtype()}
     """
     if schema is None:
         return None
-    if isinstance(schema, str | bytes | Mapping) or not isinstance(schema, Sequence | np.ndarray):
+    if isinstance(schema, type) and issubclass(schema, pydantic.BaseModel):
+        return of_model(schema)
+    if isinstance(schema, Mapping):
+        return of_json_schema(schema)
+    if isinstance(schema, str | bytes) or not isinstance(schema, Sequence | np.ndarray):
         raise SchemaError(
-            f"schema={schema!r:.80} is not a list of labels; pass one, as in schema=['positive', 'negative'] "
-            "(for a JSON schema pass the API's own response_format=)"
+            f"schema={schema!r:.80} is no schema; pass a list of labels, as in schema=['positive', 'negative'], "
+            "a pydantic model (the class), or a JSON schema as a dict"
         )
-    labels = [label.item() if isinstance(label, np.generic) else label for label in schema]
-    if not labels:
-        raise SchemaError("schema=[] has no labels; name at least one")
-    kind = str if isinstance(labels[0], str) else int
-    for label in labels:
-        if not isinstance(label, kind) or isinstance(label, bool):
-            raise SchemaError(
-                f"the label {label!r} is of type {type(label).__name__}; labels are all text or all whole numbers"
-            )
-        if isinstance(label, int) and abs(label) >= 2**53:
-            raise SchemaError(f"the label {label} is beyond 53 bits, which JSON readers may round; write it as text")
-    values = tuple(well_formed(label) if isinstance(label, str) else label for label in labels)
-    for label, count in Counter(values).items():
-        if count > 1:
-            raise SchemaError(f"the label {label!r} is given {count} times; give each label once")
-    for label in values:
-        if isinstance(label, str) and (not label or label.strip() != label):
-            raise SchemaError(f"the label {label!r} is empty or has white space around it; write it without")
-    name = output if _API_NAME.fullmatch(output) else PROPERTY
-    return Labels(values, name)
+    return read_labels(schema, output)

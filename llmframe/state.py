@@ -17,8 +17,8 @@ from llmframe.options import Options
 from llmframe.outcomes import NOT_SELECTED, Outcomes
 from llmframe.pacing import Pacer
 from llmframe.planning import Plan, output_dtypes
-from llmframe.results import Completion, Usage, twin, typed
-from llmframe.schemas import Labels
+from llmframe.results import Completion, Usage, property_column, twin, typed
+from llmframe.schemas import Schema
 
 
 @dataclass(eq=False, slots=True)
@@ -31,7 +31,7 @@ class State:
         The frame as it came.
     options : Options
         The call's keywords.
-    schema : Labels or None
+    schema : Schema or None
         What the answers have to fit.
     plan : Plan
         Which row sends what.
@@ -53,7 +53,7 @@ class State:
 
     source: pd.DataFrame
     options: Options
-    schema: Labels | None
+    schema: Schema | None
     plan: Plan
     outcomes: Outcomes
     rows_done: int = 0
@@ -89,16 +89,22 @@ class State:
 
     def columns(self, *, details: bool) -> dict[str, Any]:
         """Give the columns of the call by suffix, over every row; see `Outcomes.columns`."""
-        plan = self.plan
-        answer = "text" if self.schema is None else "parsed"
-        return self.outcomes.columns(plan.request_of, plan.first, plan.skipped, details=details, answer=answer)
+        plan, schema = self.plan, self.schema
+        answer = "text" if schema is None else schema.answer
+        made = self.outcomes.columns(plan.request_of, plan.first, plan.skipped, details=details, answer=answer)
+        if schema is not None and schema.columns:
+            rows = [schema.cells(parsed) for parsed in self.outcomes.cells("parsed")]
+            for name in schema.columns:
+                cells = np.fromiter((row.get(name) for row in rows), object, len(rows))
+                made[property_column("", name)] = cells[plan.request_of]
+        return made
 
     def frame(self) -> pd.DataFrame:
         """Give the source with its new columns."""
-        options = self.options
+        options, schema = self.options, self.schema
         values = self.columns(details=options.details)
         frame = self.source.copy(deep=False)
-        for name, dtype in output_dtypes(options, self.schema).items():
+        for name, dtype in output_dtypes(options, schema).items():
             cells = values.pop(name[len(options.output) :])
             if name in frame.columns:  # a call with where=: the rows left out keep what they hold
                 kept = np.fromiter(frame[name].astype(object), object, len(frame))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmframe.answers import read_chat, read_json, read_usage
+from llmframe.outcomes import Outcomes
 from llmframe.prices import Prices
-from llmframe.results import PAID, STATUSES, Completion, Usage, column_dtype, columns, text_dtype, typed
+from llmframe.results import PAID, STATUSES, Completion, Usage, column_dtype, text_dtype, typed
 from llmframe.schemas import Labels
 
 LABELS = Labels(("positive", "negative"))
@@ -287,9 +290,12 @@ def test_any_json_is_an_answer_with_a_status_or_none_and_fits_its_columns(reply:
         assert isinstance(completion.text, list) == several
         answers = completion.text if isinstance(completion.text, list) else [completion.text]
         assert completion.status not in ("ok",) or None not in answers
-        labelled = schema is not None and not several
-        for name, cells in columns([completion], output="a", details=True, labelled=labelled).items():
+        outcomes = Outcomes(1)
+        outcomes.put(0, completion)
+        row = np.zeros(1, np.intp)
+        held = schema.answer if schema else "text"
+        for suffix, cells in outcomes.columns(row, row, {}, details=True, answer=held).items():
             answers_dtype = object if several else schema.dtype if schema else text_dtype()
-            made = typed(cells, column_dtype(name[1:], answers_dtype))
+            made = typed(cells, column_dtype(suffix, answers_dtype))
             assert len(made) == 1
-            assert cells[0] is None or several or made[0] == cells[0]
+            assert pd.isna(cells[0]) is True or several or made[0] == cells[0]

@@ -65,11 +65,11 @@ def test_no_schema_is_none() -> None:
         ([" a"], "the label ' a' is empty or has white space around it"),
         (["a\n"], "white space around it"),
         ([2**60], "beyond 53 bits"),
-        ("positive", "schema='positive' is not a list of labels"),
-        (b"ab", "is not a list of labels"),
-        ({"a", "b"}, "is not a list of labels"),
-        ({"type": "object"}, r"is not a list of labels.*response_format="),
-        (5, "schema=5 is not a list of labels"),
+        ("positive", "schema='positive' is no schema; pass a list of labels"),
+        (b"ab", "is no schema; pass a list of labels"),
+        ({"a", "b"}, "is no schema; pass a list of labels"),
+        ({"type": "object"}, "not that of an object with properties"),
+        (5, "schema=5 is no schema"),
     ],
 )
 def test_labels_that_cannot_be_asked_for_are_refused(schema: Any, said: str) -> None:

@@ -1,0 +1,303 @@
+"""Objects: answers with named, typed properties, by a pydantic model or a JSON schema.
+
+An answer is validated as a whole, and what does not fit is `Unfit`; each top-level property has a column, whose type
+follows from the schema and never from the data.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from typing import Any, Literal, get_args
+
+import orjson
+import pandas as pd
+import pydantic
+
+from llmframe.errors import SchemaError
+from llmframe.messages import well_formed
+from llmframe.repair import QUOTED, Unfit, read_answer
+from llmframe.results import text_dtype
+from llmframe.strict import JsonSchema, canonical_form, is_loose, plain, strict, takes_null
+
+NAME = "answer"  # of a schema without a title that the API would take
+REASONS = 3  # told of an answer that does not fit; the first ones explain the rest
+
+MOMENT = pd.DatetimeTZDtype("us", "UTC")  # what has no offset is taken as UTC: a column has one kind of time
+DAY = "datetime64[us]"  # midnight
+
+_API_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_INT64 = range(-(1 << 63), 1 << 63)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Objects:
+    """A schema whose answers are JSON objects.
+
+    Attributes
+    ----------
+    canonical : dict
+        As a key has it: the same under every version of pydantic, and whatever its classes are called.
+    response_format : dict
+        As the API takes it: strict, where it can be.
+    columns : dict of str
+        The type of each top-level property's column.
+    validate : callable
+        Checks an answer's JSON and gives what it means: a model's instance, or the JSON itself. Raises `Unfit`.
+    properties : callable
+        Gives what `validate` gave by property.
+    """
+
+    canonical: dict[str, Any]
+    response_format: dict[str, Any]
+    columns: Mapping[str, Any]
+    validate: Callable[[Any], Any] = field(repr=False)
+    properties: Callable[[Any], Mapping[str, Any]] = field(repr=False)
+
+    @property
+    def dtype(self) -> Any:
+        """The type of the answer's column, which holds the JSON text."""
+        return text_dtype()
+
+    def read(self, text: str) -> Any:
+        """Read an answer.
+
+        Raises
+        ------
+        Unfit
+            It is no JSON object, or one that does not fit; the reason says where.
+        """
+        found = read_answer(text)
+        if not isinstance(found, dict):
+            raise Unfit(f"the answer {text!r:.{QUOTED}} is no JSON object")
+        parsed = self.validate(found)
+        self.cells(parsed)  # what fits no column fits no answer
+        return parsed
+
+    @property
+    def answer(self) -> Literal["text", "parsed"]:
+        """What of a completion stands in the answer's column: its JSON text."""
+        return "text"
+
+    def cells(self, parsed: Any) -> Mapping[str, Any]:
+        """Give what stands in the properties' columns.
+
+        Raises
+        ------
+        Unfit
+            A value that its column cannot hold.
+        """
+        if parsed is None:
+            return {}
+        values = self.properties(parsed)
+        return {name: _cell(values.get(name), dtype, name) for name, dtype in self.columns.items()}
+
+
+def of_json_schema(schema: Mapping[str, Any]) -> Objects:
+    """Read a JSON schema.
+
+    Raises
+    ------
+    SchemaError
+        It is no schema, or none of an object.
+
+    Examples
+    --------
+    >>> schema = of_json_schema({"type": "object", "properties": {"stars": {"type": "integer"}}, "required": ["stars"]})
+    >>> schema.cells(schema.read('{"stars": 4}'))
+    {'stars': 4}
+    """
+    import jsonschema
+
+    try:
+        own: JsonSchema = orjson.loads(orjson.dumps(dict(schema)))  # a copy of JSON's own types
+        jsonschema.Draft202012Validator.check_schema(own)
+    except (TypeError, orjson.JSONEncodeError) as error:
+        raise SchemaError(f"the JSON schema is no JSON: {error}") from error
+    except jsonschema.SchemaError as error:
+        raise SchemaError(f"the JSON schema is not valid: {error.message:.200}; see json-schema.org") from error
+    simple = _object(plain(own))
+    checker = jsonschema.Draft202012Validator(own)
+
+    def validate(found: dict[str, Any]) -> dict[str, Any]:
+        errors = sorted(checker.iter_errors(found), key=lambda error: list(map(str, error.absolute_path)))
+        if errors:
+            found = _pruned(found, simple, simple)
+            errors = list(checker.iter_errors(found))
+        if errors:
+            raise Unfit(_reasons([(error.absolute_path, error.message) for error in errors]))
+        return found
+
+    return _objects(own.get("title"), simple, validate, lambda parsed: parsed)
+
+
+def of_model(model: type[pydantic.BaseModel]) -> Objects:
+    """Read a pydantic model.
+
+    Raises
+    ------
+    SchemaError
+        The model has no JSON schema, or is none of an object.
+
+    Examples
+    --------
+    >>> class Review(pydantic.BaseModel):
+    ...     stars: int
+    >>> of_model(Review).read('{"stars": "4"}')
+    Review(stars=4)
+    """
+    try:
+        own = model.model_json_schema()
+    except (pydantic.errors.PydanticUserError, TypeError) as error:  # PydanticInvalidForJsonSchema is one of these
+        raise SchemaError(f"{model.__name__} has no JSON schema: {str(error).splitlines()[0]}") from error
+    simple = _object(plain(own))
+    names = dict(zip(simple["properties"], model.model_fields, strict=True))
+    decimals = {name for name, own_name in names.items() if _is_decimal(model.model_fields[own_name].annotation)}
+
+    def validate(found: dict[str, Any]) -> pydantic.BaseModel:
+        try:
+            try:
+                return model.model_validate_json(orjson.dumps(found))
+            except pydantic.ValidationError:
+                pruned = _pruned(found, simple, simple)
+                if pruned == found:
+                    raise
+                return model.model_validate_json(orjson.dumps(pruned))
+        except pydantic.ValidationError as error:
+            raise Unfit(_reasons([(each["loc"], each["msg"]) for each in error.errors(include_url=False)])) from None
+        except Exception as error:  # a validator of the user's own may raise anything
+            raise Unfit(f"the answer does not fit: {type(error).__name__}: {error}") from error
+
+    def properties(parsed: Any) -> Mapping[str, Any]:
+        nested = parsed.model_dump(mode="json", by_alias=True) if isinstance(parsed, pydantic.BaseModel) else {}
+        given: dict[str, Any] = {}
+        for name, own_name in names.items():
+            value = getattr(parsed, own_name)
+            simple_value = isinstance(value, str | int | float | bool | Decimal | date | enum.Enum | type(None))
+            given[name] = value if simple_value else nested.get(name, nested.get(own_name))
+        return given
+
+    made = _objects(model.__name__, simple, validate, properties)
+    return replace(made, columns={name: object if name in decimals else dtype for name, dtype in made.columns.items()})
+
+
+def _is_decimal(annotation: Any) -> bool:
+    return annotation is Decimal or any(map(_is_decimal, get_args(annotation)))
+
+
+def _objects(
+    title: Any, simple: JsonSchema, validate: Callable[[Any], Any], properties: Callable[[Any], Mapping[str, Any]]
+) -> Objects:
+    name = title if isinstance(title, str) and _API_NAME.fullmatch(title) else NAME
+    shown = {"name": name, "strict": not is_loose(simple), "schema": strict(simple)}
+    return Objects(
+        canonical={"json_schema": canonical_form(simple)},
+        response_format={"type": "json_schema", "json_schema": shown},
+        columns={each: _dtype(part, simple) for each, part in simple["properties"].items()},
+        validate=validate,
+        properties=properties,
+    )
+
+
+def _object(schema: JsonSchema) -> JsonSchema:
+    if schema.get("type") not in (None, "object") or not isinstance(schema.get("properties"), dict):
+        raise SchemaError(
+            "the schema is not that of an object with properties, which is what the API takes; put what it describes "
+            'into one, as in {"type": "object", "properties": {"items": {...}}} or a model with a field'
+        )
+    if not schema["properties"]:
+        raise SchemaError("the schema has no properties; name at least one")
+    return schema
+
+
+def _dtype(schema: Any, root: JsonSchema) -> Any:
+    """Give the type of a property's column."""
+    schema = _followed(schema, root)
+    branches = [_followed(branch, root) for branch in schema.get("anyOf", ())]
+    branches = [branch for branch in branches if branch.get("type") != "null" and branch.get("enum") != [None]]
+    if branches:
+        kinds = {_dtype(branch, root): None for branch in branches}
+        if len(kinds) == 1:
+            return next(iter(kinds))
+        if kinds.keys() <= {pd.Int64Dtype(), pd.Float64Dtype()}:
+            return pd.Float64Dtype()
+        return object if object in kinds else text_dtype()  # a column of both numbers and text is none that parquet has
+    if "enum" in schema:
+        values = [value for value in schema["enum"] if value is not None]
+        if values and (_all(values, str) or _all(values, int)):
+            return pd.CategoricalDtype(list(dict.fromkeys(values)))
+        return pd.BooleanDtype() if values and _all(values, bool) else text_dtype()
+    kind = schema.get("type")
+    if kind == "string":
+        return {"date-time": MOMENT, "date": DAY}.get(schema.get("format", ""), text_dtype())
+    plain_kinds = {"integer": pd.Int64Dtype(), "number": pd.Float64Dtype(), "boolean": pd.BooleanDtype()}
+    return plain_kinds.get(str(kind), object)
+
+
+def _all(values: list[Any], kind: type) -> bool:
+    return all(type(value) is kind for value in values)
+
+
+def _followed(schema: Any, root: JsonSchema) -> JsonSchema:
+    seen = 0
+    while isinstance(schema, dict) and "$ref" in schema and seen <= len(root.get("$defs", {})):
+        name = str(schema["$ref"]).removeprefix("#/$defs/")
+        schema = root if schema["$ref"] == "#" else root["$defs"][name]
+        seen += 1
+    return schema if isinstance(schema, dict) else {}
+
+
+def _cell(value: Any, dtype: Any, name: str) -> Any:
+    """Give a property's value as its column holds it."""
+    if isinstance(value, enum.Enum):
+        value = value.value
+    if value is None or dtype is object:
+        return value
+    try:
+        if dtype == MOMENT:
+            moment = value if isinstance(value, datetime) else datetime.fromisoformat(value)
+            return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+        if dtype == DAY:
+            day = value if isinstance(value, date) else date.fromisoformat(value)
+            return datetime(day.year, day.month, day.day)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise Unfit(f"{name}: {value!r:.80} is no {'date' if dtype == DAY else 'date and time'}: {error}") from None
+    if isinstance(dtype, pd.Int64Dtype):
+        if int(value) not in _INT64:
+            raise Unfit(f"{name}: {value} is beyond 64 bits")
+        return int(value)
+    if isinstance(dtype, pd.Float64Dtype):
+        return float(value)
+    if isinstance(dtype, pd.CategoricalDtype | pd.BooleanDtype):
+        return value
+    return well_formed(value) if isinstance(value, str) else orjson.dumps(value, default=str).decode()
+
+
+def _pruned(value: Any, schema: Any, root: JsonSchema) -> Any:
+    """Leave out the nulls that stand for an absent property: strict mode makes the model write every one."""
+    schema = _followed(schema, root)
+    if isinstance(value, list):
+        return [_pruned(item, schema.get("items"), root) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "anyOf" in schema:
+        for branch in schema["anyOf"]:
+            if value.keys() <= _followed(branch, root).get("properties", {}).keys():
+                return _pruned(value, branch, root)
+        return value
+    properties, required = schema.get("properties", {}), schema.get("required", ())
+    return {
+        name: _pruned(item, properties.get(name), root)
+        for name, item in value.items()
+        if not (item is None and name not in required and not takes_null(_followed(properties.get(name), root)))
+    }
+
+
+def _reasons(errors: list[tuple[Any, str]]) -> str:
+    said = [f"{'.'.join(map(str, where)) or 'the answer'}: {what}" for where, what in errors[:REASONS]]
+    more = f" (and {len(errors) - REASONS} more)" if len(errors) > REASONS else ""
+    return well_formed(f"the answer does not fit the schema: {'; '.join(said)}{more}"[:500])

@@ -1,0 +1,49 @@
+"""Read the JSON in an answer's text, and mend ordinary damage: code fences, prose around it, a stray comma.
+
+What is missing is never made up: an answer that was cut is no JSON, however much of it could be closed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+QUOTED = 200  # characters of an answer in a reason
+
+
+class Unfit(Exception):
+    """An answer does not fit the schema."""
+
+
+def read_answer(text: str) -> Any:
+    r"""Read the JSON that an answer holds.
+
+    Raises
+    ------
+    Unfit
+        It holds none, or not all of it.
+
+    Examples
+    --------
+    >>> read_answer('Here it is:\n```json\n{"stars": 4,}\n```')
+    {'stars': 4}
+    """
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        pass
+    # `json_repair` closes what is open, which would pass half a text for the whole.
+    if text.count("{") > text.count("}") or text.count("[") > text.count("]"):
+        raise Unfit(f"the answer {text!r:.{QUOTED}} ends in the middle of its JSON")
+    import json_repair
+
+    try:
+        found = json_repair.loads(text)
+    except (ValueError, RecursionError):
+        found = ""
+    if isinstance(found, list) and not text.lstrip("` \n").startswith(("[", "json\n[")):
+        found = next((each for each in found if isinstance(each, dict) and each), found)  # prose with braces of its own
+    if not isinstance(found, dict | list):
+        raise Unfit(f"the answer {text!r:.{QUOTED}} is no JSON")
+    return found

@@ -1,0 +1,286 @@
+"""JSON Schemas: any of them to one plain form, from there to the form the API's strict mode takes, and to a key's.
+
+Pure. Strict mode wants an object at the root, every property required and none besides
+(https://platform.openai.com/docs/guides/structured-outputs); what it and other servers may not know is said in the
+description, so that the model reads it and the validation on return holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import orjson
+
+from llmframe.errors import SchemaError
+
+JsonSchema = dict[str, Any]
+
+KNOWN = frozenset({"type", "enum", "anyOf", "items", "properties", "required", "additionalProperties", "$ref", "$defs"})
+DROPPED = frozenset(
+    {
+        "title",
+        "default",
+        "examples",
+        "example",
+        "discriminator",
+        "deprecated",
+        "readOnly",
+        "writeOnly",
+        "$schema",
+        "$id",
+        "$comment",
+        "definitions",
+        "nullable",
+        "const",
+        "oneOf",
+        "allOf",
+    }
+)  # said in another way, or nothing that an answer could keep to
+LOOSE = frozenset(
+    {"prefixItems", "patternProperties", "not", "if", "then", "else", "dependentRequired", "dependentSchemas", "allOf"}
+)  # no server's strict mode has them
+_JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null", list: "array"}
+OWN_MAPS = frozenset({"properties", "$defs", "patternProperties", "dependentSchemas"})  # names in them are the user's
+
+
+def plain(schema: Mapping[str, Any]) -> JsonSchema:
+    """Bring a schema into one form, however it was written.
+
+    ``const`` becomes ``enum``, ``oneOf`` and a list of types ``anyOf``, ``definitions`` ``$defs``, a lone ``allOf``
+    what it holds; a reference at the root is followed. Titles, defaults and examples go.
+
+    Raises
+    ------
+    SchemaError
+        A reference that leads nowhere, or out of the schema.
+
+    Examples
+    --------
+    >>> plain({"type": "object", "title": "T", "properties": {"a": {"const": 1, "title": "A"}}})
+    {'type': 'object', 'properties': {'a': {'enum': [1]}}}
+    """
+    definitions = {**schema.get("definitions", {}), **schema.get("$defs", {})}
+    root = {name: value for name, value in schema.items() if name not in ("definitions", "$defs")}
+    made: JsonSchema = _plain(root)
+    defs = {name: _plain(value) for name, value in definitions.items()}
+    while "$ref" in made:
+        made = {**_target(made["$ref"], made, defs), **{name: item for name, item in made.items() if name != "$ref"}}
+    if used := {name: defs[name] for name in defs if name in _reached(made, defs)}:
+        made["$defs"] = used
+    return made
+
+
+def _plain(schema: Any) -> Any:
+    if not isinstance(schema, Mapping):
+        return schema  # true and false are schemas too
+    made: JsonSchema = {}
+    for name, value in schema.items():
+        if name in DROPPED:
+            continue
+        if name in OWN_MAPS and isinstance(value, Mapping):
+            made[name] = {key: _plain(item) for key, item in value.items()}
+        elif name in ("anyOf", "prefixItems") and isinstance(value, list):
+            made[name] = [_plain(item) for item in value]
+        elif name in ("items", "additionalProperties", "not", "if", "then", "else"):
+            made[name] = _plain(value)
+        elif name == "$ref" and isinstance(value, str):
+            made[name] = value.replace("#/definitions/", "#/$defs/")
+        else:
+            made[name] = value
+    if "const" in schema:
+        made["enum"] = [schema["const"]]
+    if "enum" in made:
+        made.pop("type", None)  # pydantic writes it or not, by its version
+    branches = schema.get("allOf")
+    if isinstance(branches, list):
+        if len(branches) == 1:
+            made = {**_plain(branches[0]), **made}
+        else:
+            made["allOf"] = [_plain(branch) for branch in branches]
+    if isinstance(schema.get("oneOf"), list):
+        made["anyOf"] = [_plain(branch) for branch in schema["oneOf"]]
+    if isinstance(made.get("type"), list):
+        made["anyOf"] = [_of_type(made, kind) for kind in made.pop("type")]
+        made = {name: value for name, value in made.items() if name in ("anyOf", "description")}
+    if schema.get("nullable") is True:
+        made = {"anyOf": [made, {"type": "null"}]}
+    branches = [branch for branch in made.get("anyOf", ()) if isinstance(branch, dict)]
+    if any(branch.get("type") == "number" for branch in branches):
+        for branch in branches:  # how pydantic says ``Decimal``: a pattern in words of its version
+            if branch.get("type") == "string":
+                branch.pop("pattern", None)
+    return made
+
+
+def _of_type(schema: JsonSchema, kind: str) -> JsonSchema:
+    if kind == "null":
+        return {"type": "null"}
+    return {"type": kind, **{name: value for name, value in schema.items() if name not in ("type", "description")}}
+
+
+def _target(reference: Any, root: JsonSchema, defs: Mapping[str, Any]) -> JsonSchema:
+    if reference == "#":
+        return root
+    name = str(reference).removeprefix("#/$defs/").replace("~1", "/").replace("~0", "~")
+    if not str(reference).startswith("#/$defs/") or not isinstance(defs.get(name), Mapping):
+        raise SchemaError(f"the schema refers to {reference!r:.100}, which is not among its $defs; put it there")
+    found: JsonSchema = defs[name]
+    return found
+
+
+def _reached(schema: Any, defs: Mapping[str, Any]) -> set[str]:
+    reached: set[str] = set()
+    left = [schema]
+    while left:
+        for reference in _references(left.pop()):
+            target = _target(reference, {}, defs)
+            name = reference.removeprefix("#/$defs/")
+            if reference != "#" and name not in reached:
+                reached.add(name)
+                left.append(target)
+    return reached
+
+
+def _references(schema: Any) -> list[str]:
+    found: list[str] = []
+    for part in _parts(schema):
+        found += [part["$ref"]] if "$ref" in part else []
+        found += [reference for inner in _children(part) for reference in _references(inner)]
+    return found
+
+
+def _parts(schema: Any) -> list[JsonSchema]:
+    return [schema] if isinstance(schema, dict) else []
+
+
+def _children(schema: JsonSchema) -> list[Any]:
+    children: list[Any] = []
+    for name, value in schema.items():
+        if name in OWN_MAPS:
+            children += value.values()
+        elif name in ("anyOf", "allOf", "prefixItems"):
+            children += value
+        elif name in ("items", "additionalProperties", "not", "if", "then", "else"):
+            children.append(value)
+    return children
+
+
+def _mapped(schema: JsonSchema, change: Callable[[Any], Any]) -> JsonSchema:
+    """Copy a schema with each schema inside it changed."""
+    made: JsonSchema = {}
+    for name, value in schema.items():
+        if name in OWN_MAPS:
+            made[name] = {key: change(item) for key, item in value.items()}
+        elif name in ("anyOf", "allOf", "prefixItems"):
+            made[name] = [change(item) for item in value]
+        elif name in ("items", "additionalProperties", "not", "if", "then", "else"):
+            made[name] = change(value)
+        else:
+            made[name] = value
+    return made
+
+
+def is_loose(schema: JsonSchema) -> bool:
+    """Whether a plain schema says what strict mode cannot hold: open objects, tuples, conditions."""
+    if LOOSE & schema.keys():
+        return True
+    if _is_object(schema):
+        more = schema.get("additionalProperties")
+        if more not in (None, False) or not isinstance(schema.get("properties"), dict):
+            return True
+    if schema.get("type") == "array" and not isinstance(schema.get("items"), dict):
+        return True
+    if not schema.keys() & {"type", "enum", "anyOf", "$ref"}:
+        return True  # anything at all
+    return any(is_loose(inner) for inner in _children(schema) if isinstance(inner, dict))
+
+
+def strict(schema: JsonSchema) -> JsonSchema:
+    """Give a plain schema as strict mode takes it: every property required, those that may be absent nullable.
+
+    Examples
+    --------
+    >>> strict({"type": "object", "properties": {"a": {"type": "string", "maxLength": 9}}})["properties"]["a"]
+    {'anyOf': [{'type': 'string', 'description': 'maxLength: 9'}, {'type': 'null'}]}
+    """
+    made: JsonSchema = _mapped(_told(schema), strict_part)
+    if _is_object(made) and isinstance(made.get("properties"), dict):
+        required = set(schema.get("required", ()))
+        for name, part in made["properties"].items():
+            if name not in required:
+                made["properties"][name] = nullable(part)
+        made["required"] = list(made["properties"])
+        if made.get("additionalProperties") is None:
+            made["additionalProperties"] = False
+    if "$ref" in made and len(made) > 1:  # strict mode has no siblings of a reference; its description is one
+        made = {"anyOf": [{"$ref": made.pop("$ref")}], **made}
+    return made
+
+
+def strict_part(schema: Any) -> Any:
+    """Do as `strict` does, for a part that may be true or false."""
+    return strict(schema) if isinstance(schema, dict) else schema
+
+
+def nullable(schema: Any) -> Any:
+    """Let a schema also be null."""
+    if not isinstance(schema, dict) or takes_null(schema):
+        return schema
+    if "anyOf" in schema:
+        return {**schema, "anyOf": [*schema["anyOf"], {"type": "null"}]}
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def takes_null(schema: JsonSchema) -> bool:
+    """Whether a plain schema has null among what it takes, references left out."""
+    branches = schema.get("anyOf", ())
+    return (
+        schema.get("type") == "null"
+        or None in schema.get("enum", ())
+        or any(takes_null(branch) for branch in branches if isinstance(branch, dict))
+    )
+
+
+def _told(schema: JsonSchema) -> JsonSchema:
+    """Move the keywords that a server may not know into the description."""
+    known = {name: value for name, value in schema.items() if name in KNOWN or name in LOOSE}
+    if "enum" in known:
+        kinds = dict.fromkeys(_JSON_TYPES.get(type(value), "object") for value in known["enum"])
+        known = {"type": next(iter(kinds)) if len(kinds) == 1 else list(kinds), **known}  # strict mode wants one
+    told = ", ".join(
+        f"{name}: {value if isinstance(value, str) else orjson.dumps(value).decode()}"
+        for name, value in schema.items()
+        if name not in known and name != "description"
+    )
+    description = schema.get("description")
+    if told:
+        description = f"{description} ({told})" if description else told
+    return {**known, "description": description} if description else known
+
+
+def _is_object(schema: JsonSchema) -> bool:
+    return schema.get("type") == "object" or "properties" in schema
+
+
+def canonical_form(schema: JsonSchema) -> JsonSchema:
+    """Give a plain schema as a key has it: references followed, so that no name of a definition is in it."""
+    defs = schema.get("$defs", {})
+
+    def followed(part: Any, above: tuple[str, ...]) -> Any:
+        if not isinstance(part, dict):
+            return part
+        if "$ref" in part:
+            name = part["$ref"]
+            rest = {key: value for key, value in part.items() if key != "$ref"}
+            if name in above:
+                return {**rest, "$ref": len(above) - above.index(name)}  # so many references up
+            return followed({**_target(name, root, defs), **rest}, (*above, name))
+        made = _mapped(part, lambda inner: followed(inner, above))
+        if isinstance(made.get("required"), list):
+            made["required"] = sorted(made["required"])
+        return made
+
+    root = {name: value for name, value in schema.items() if name != "$defs"}
+    made: JsonSchema = followed(root, ("#",))
+    return made
