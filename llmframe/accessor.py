@@ -40,8 +40,9 @@ class LLMFrame:
             Few-shot pairs of user and assistant texts, sent as they are.
         model : str
             The model's name; ``"local"`` is the embedded one. Else `configure`, else ``LLMFRAME_MODEL``.
-        schema : list of str or of int, optional
-            Labels, one of which is the answer. The endpoint enforces them, the column is a category.
+        schema : list of labels, pydantic model or dict, optional
+            What the answer has to fit. One of some labels: the column is a category. Or an object, by a model's class
+            or a JSON schema: the column holds its JSON, and ``response_<property>`` each property, typed.
         output : str, default "response"
             The response column, and the prefix of the others; with labels, also what the model is told they are of.
         details : bool, default False

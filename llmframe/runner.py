@@ -130,6 +130,8 @@ def prepare(prompts: Prompts, options: Options) -> Prepared:
     schema = read_schema(options.schema, options.output)
     if schema is not None and "response_format" in options.params:
         raise ConfigurationError("schema= and response_format= say the same; pass one of them")
+    if schema is not None and schema.columns and options.several:
+        raise ConfigurationError("n= gives a list of answers, and a schema with properties needs one; leave n= out")
     selected = select(prompts.frame, options)
     check_columns(prompts.frame, options, schema, selected)
     price: PriceOf | None = None if options.prices is None else read_prices(options.prices)

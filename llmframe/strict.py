@@ -66,8 +66,9 @@ def plain(schema: Mapping[str, Any]) -> JsonSchema:
     defs = {name: _plain(value) for name, value in definitions.items()}
     while "$ref" in made:
         made = {**_target(made["$ref"], made, defs), **{name: item for name, item in made.items() if name != "$ref"}}
-    if used := {name: defs[name] for name in defs if name in _reached(made, defs)}:
-        made["$defs"] = used
+    reached = _reached(made, defs)
+    if reached:
+        made["$defs"] = {name: definition for name, definition in defs.items() if name in reached}
     return made
 
 

@@ -1,0 +1,237 @@
+"""Objects: pydantic models and JSON schemas, the answers that fit them, and the columns they fill."""
+
+from __future__ import annotations
+
+import enum
+import io
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from typing import Any, Literal
+
+import pandas as pd
+import pydantic
+import pytest
+from pydantic import BaseModel, Field
+
+from llmframe.errors import SchemaError
+from llmframe.objects import DAY, MOMENT, Objects, of_json_schema, of_model
+from llmframe.requests import Requests
+from llmframe.results import text_dtype, typed
+from llmframe.schemas import Unfit, read_schema
+
+
+class Mood(enum.Enum):
+    GOOD = "good"
+    BAD = "bad"
+
+
+class Person(BaseModel):
+    name: str
+    age: int | None = None
+
+
+class Review(BaseModel):
+    """A review."""
+
+    stars: int = Field(ge=1, le=5, description="how many")
+    mood: Mood
+    kind: Literal["new", "used"] | None
+    written: datetime
+    bought: date | None = None
+    price: Decimal
+    by: Person
+    tags: list[str] = []
+    score: float
+    again: bool
+    note: int | str = ""
+
+
+TEXT = """{"stars": 4, "mood": "good", "kind": null, "written": "2024-01-02T03:04:05+01:00", "bought": "2023-12-31",
+"price": "1.20", "by": {"name": "Ann", "age": null}, "tags": ["a"], "score": 1, "again": true, "note": 7}"""
+
+
+def test_each_property_has_a_column_of_its_type() -> None:
+    assert of_model(Review).columns == {
+        "stars": pd.Int64Dtype(),
+        "mood": pd.CategoricalDtype(["good", "bad"]),
+        "kind": pd.CategoricalDtype(["new", "used"]),
+        "written": MOMENT,
+        "bought": DAY,
+        "price": object,
+        "by": object,
+        "tags": object,
+        "score": pd.Float64Dtype(),
+        "again": pd.BooleanDtype(),
+        "note": text_dtype(),
+    }
+
+
+def test_an_answer_is_the_models_instance_and_its_cells_are_plain_values() -> None:
+    schema = of_model(Review)
+    parsed = schema.read(TEXT)
+    assert isinstance(parsed, Review)
+    assert schema.cells(parsed) == {
+        "stars": 4,
+        "mood": "good",
+        "kind": None,
+        "written": datetime(2024, 1, 2, 2, 4, 5, tzinfo=UTC),
+        "bought": datetime(2023, 12, 31),
+        "price": Decimal("1.20"),
+        "by": {"name": "Ann", "age": None},
+        "tags": ["a"],
+        "score": 1.0,
+        "again": True,
+        "note": "7",
+    }
+
+
+def test_the_columns_come_back_from_parquet_as_they_were() -> None:
+    schema = of_model(Review)
+    cells = [schema.cells(schema.read(TEXT)), {}]
+    frame = pd.DataFrame({name: typed([row.get(name) for row in cells], kind) for name, kind in schema.columns.items()})
+    file = io.BytesIO()
+    frame.to_parquet(file)
+    back = pd.read_parquet(io.BytesIO(file.getvalue()))
+    assert back.dtypes.astype(str).equals(frame.dtypes.astype(str))
+    assert back["by"][0] == {"name": "Ann", "age": None}
+    assert back["price"][0] == Decimal("1.20")
+    assert back.drop(columns=["by", "tags"]).astype(object).equals(frame.drop(columns=["by", "tags"]).astype(object))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '```json\n{"name": "Ann"}\n```',
+        'Here it is: {"name": "Ann"}. Anything else?',
+        "{'name': 'Ann',}",
+        '\ufeff{"name": "Ann"}',
+    ],
+)
+def test_ordinary_damage_is_read(text: str) -> None:
+    assert of_model(Person).read(text) == Person(name="Ann")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"name": "An', "ends in the middle of its JSON"),
+        ('{"name": "Ann", "tags": ["a"', "ends in the middle of its JSON"),
+        ("I do not know.", "is no JSON"),
+        ("", "is no JSON"),
+        ("[1, 2]", "is no JSON object"),
+        ('"Ann"', "is no JSON object"),
+        ('{"age": 3}', "name: Field required"),
+        ('{"name": "Ann", "age": "old"}', "age: Input should be a valid integer"),
+    ],
+)
+def test_an_answer_that_does_not_fit_says_where(text: str, said: str) -> None:
+    with pytest.raises(Unfit, match=said):
+        of_model(Person).read(text)
+
+
+def test_a_null_stands_for_an_optional_property_that_takes_none() -> None:
+    class Shop(BaseModel):
+        name: str = "corner"
+        owner: Person | None = None
+        people: list[Person] = []
+
+    assert of_model(Shop).read('{"name": null, "owner": null, "people": null}') == Shop()
+    schema = of_json_schema({"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": "integer"}}})
+    assert schema.read('{"a": null, "b": 1}') == {"b": 1}
+
+
+def test_a_validator_of_the_users_own_may_raise_anything() -> None:
+    class Picky(BaseModel):
+        name: str
+
+        @pydantic.field_validator("name")
+        @classmethod
+        def refuse(cls, value: str) -> str:
+            raise KeyError(value)
+
+    with pytest.raises(Unfit, match="KeyError"):
+        of_model(Picky).read('{"name": "Ann"}')
+
+
+def test_an_alias_is_what_the_model_sees_and_what_the_column_is_called() -> None:
+    class Aliased(BaseModel):
+        inner: str = Field(alias="outer")
+
+    schema = of_model(Aliased)
+    assert list(schema.columns) == ["outer"]
+    assert schema.cells(schema.read('{"outer": "x"}')) == {"outer": "x"}
+
+
+def test_dates_that_are_none_and_numbers_beyond_64_bits_do_not_fit() -> None:
+    schema = of_json_schema(
+        {"type": "object", "properties": {"day": {"type": "string", "format": "date"}, "n": {"type": "integer"}}}
+    )
+    assert schema.cells(schema.read('{"day": "2024-02-29"}'))["day"] == datetime(2024, 2, 29)
+    for text in ('{"day": "yesterday"}', '{"n": 123456789012345678901234567890}'):
+        with pytest.raises(Unfit):
+            schema.read(text)
+
+
+def test_an_open_object_is_asked_for_without_strict_mode() -> None:
+    class Counts(BaseModel):
+        by_word: dict[str, int]
+
+    schema = of_model(Counts)
+    assert schema.response_format["json_schema"]["strict"] is False
+    assert schema.read('{"by_word": {"a": 1}}') == Counts(by_word={"a": 1})
+    assert of_model(Person).response_format["json_schema"]["strict"] is True
+
+
+def test_a_recursive_model_works() -> None:
+    class Node(BaseModel):
+        value: int
+        after: Node | None = None
+
+    Node.model_rebuild(_types_namespace={"Node": Node})
+    schema = of_model(Node)
+    assert schema.cells(schema.read('{"value": 1, "after": {"value": 2, "after": null}}')) == {
+        "value": 1,
+        "after": {"value": 2, "after": None},
+    }
+
+
+class Words(pydantic.RootModel[list[str]]):
+    """No object."""
+
+
+class Unspeakable(BaseModel):
+    model_config = pydantic.ConfigDict(arbitrary_types_allowed=True)
+    frame: pd.DataFrame
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        (Words, "not that of an object with properties"),
+        (Unspeakable, "Unspeakable has no JSON schema"),
+        ({"type": "array", "items": {"type": "string"}}, "not that of an object with properties"),
+        ({"type": "object", "properties": {}}, "has no properties"),
+        ({"type": "objekt", "properties": {"a": {}}}, "the JSON schema is not valid"),
+        ({"type": "object", "properties": {"a": object()}}, "the JSON schema is no JSON"),
+        (Person(name="Ann"), "is no schema"),
+    ],
+)
+def test_a_schema_that_cannot_be_asked_for_is_refused(schema: Any, said: str) -> None:
+    with pytest.raises(SchemaError, match=said):
+        read_schema(schema)
+
+
+def key_of(schema: Objects) -> str:
+    return (
+        Requests("https://api.openai.com/v1", "m", {}, schema.canonical).key([{"role": "user", "content": "x"}]).hex()
+    )
+
+
+def test_the_key_of_a_schema_never_changes() -> None:
+    assert key_of(of_model(Review)) == "b59aebe4ffcf478244eddf5bcc5eacb4c6da167f5d18aaf9b1182def99a220c2"
+
+
+def test_titles_and_the_order_of_keys_are_no_part_of_a_key() -> None:
+    one = {"type": "object", "title": "A", "properties": {"a": {"type": "string", "title": "A"}, "b": {"enum": [1]}}}
+    two = {"properties": {"b": {"const": 1, "title": "B"}, "a": {"type": "string"}}, "type": "object"}
+    assert key_of(of_json_schema(one)) == key_of(of_json_schema(two))
