@@ -203,6 +203,7 @@ class Bucket:
         except ValueError as error:
             raise ConfigurationError(f"no checkpoint can be kept at {url!r}: {error}; use a directory") from error
         self._root = root.rstrip("/")
+        self._claimed = False
 
     def claim(self, writer: str) -> None:
         """Make the place where places are made, and write to it."""
@@ -213,6 +214,7 @@ class Bucket:
             self._fs.makedirs(self._root, exist_ok=True)
             self._fs.pipe_file(probe, b"llmframe\n")
             self._fs.rm_file(probe)
+        self._claimed = True
 
     def release(self) -> None:
         """Do nothing: nobody can see whether a writer lives."""
@@ -268,7 +270,12 @@ class Bucket:
     def _list(self) -> dict[str, int]:
         with _as_os_error():
             self._fs.invalidate_cache(self._root)
-            entries = self._fs.ls(self._root, detail=True)
+            try:
+                entries = self._fs.ls(self._root, detail=True)
+            except FileNotFoundError:  # an object store has no directory where there is no object
+                if not self._claimed:
+                    raise
+                return {}
         names = ((entry["name"].rsplit("/", 1)[-1], entry) for entry in entries if entry["type"] == "file")
         return {name: int(entry["size"] or 0) for name, entry in names if name.endswith(".parquet")}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import hashlib
+import logging
 import os
 import shutil
 import sys
@@ -779,6 +780,29 @@ def test_an_object_store_gives_back_what_it_was_given(url: str) -> None:
 
     assert found(url, range(4)) == {1: answer("one")}
     assert len(read_checkpoint(url)) == 2
+
+
+def test_a_bucket_without_the_prefix_is_a_checkpoint_that_holds_nothing_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    s3fs = pytest.importorskip("s3fs")
+    moto = pytest.importorskip("moto.server")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
+    bucket = moto.ThreadedMotoServer(port=0, verbose=False)
+    bucket.start()
+    try:
+        host, port = bucket.get_host_and_port()
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        s3fs.S3FileSystem().mkdir("bucket")
+        with pytest.raises(CheckpointError, match="no checkpoint at s3://bucket/runs"):
+            read_checkpoint("s3://bucket/runs")
+
+        save("s3://bucket/runs", {1: answer("one")})
+
+        assert found("s3://bucket/runs", range(2)) == {1: answer("one")}
+    finally:
+        bucket.stop()
+        s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_fifty_flushes_leave_a_handful_of_objects(url: str) -> None:

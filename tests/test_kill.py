@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from tests.attacks.kill import Attack, Moment, kill_once, process_context, undisturbed
+from tests.attacks.kill import Attack, Moment, kill, process_context, undisturbed
 from tests.server import SimulatedServer
 
 pytestmark = pytest.mark.skipif(
@@ -57,5 +57,5 @@ def test_after_a_kill_the_same_call_asks_only_what_was_not_on_disk_and_ends_as_i
 ) -> None:
     attack, expected, seconds = calm
     moment = Moment.draw(random.Random(seed), seconds)
-    outcome = kill_once(attack, moment, battlefield, tmp_path / "runs", expected, processes)
+    outcome = kill(attack, [moment], battlefield, tmp_path / "runs", expected, processes)
     assert outcome.faults == [], outcome

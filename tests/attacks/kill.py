@@ -1,13 +1,15 @@
-"""SIGKILL at random moments of a run with a checkpoint, each time followed by the same call.
+"""SIGKILL in every phase of a run with a checkpoint, each time followed by the same call.
 
 Whatever was on disk at the kill is never asked again; what is asked again was in flight, or answered just before.
 
     python -m tests.attacks.kill --kills 50
+    python -m tests.attacks.kill --kills 20 --store s3
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import multiprocessing
 import os
 import random
@@ -15,6 +17,9 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -29,9 +34,14 @@ from tests.server import SimulatedServer, content_key
 
 MODEL = "m"
 JUST_BEFORE_S = 1.5  # a flush a second, and the flush itself
+JUST_BEFORE_A_PUT_S = 5.0  # the same for a simulated S3, which takes a second and more for what a disk does at once
 LATENCY_S = 0.05
 CALL_S = 120.0  # the longest that a call takes on a busy machine
+LOOK_S = 0.0002  # how often the killer looks whether the moment has come
 UNLIKE = ["response_source", "response_latency_s", "response_request_id"]  # what a run may say otherwise than another
+
+PHASES = ("start-up", "requests", "flush", "merge", "end")
+MARKED = {"flush": "flush", "merge": "_merge", "end": "close"}  # the methods of a checkpoint that are these phases
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +62,17 @@ class Attack:
     concurrency: int = 6
     flush_s: float = checkpoint.FLUSH_S
 
-    def call(self, url: str, directory: Path) -> pd.DataFrame:
-        """Make the call."""
+    def call(self, url: str, store: str, marks: Any = None) -> pd.DataFrame:
+        """Make the call; `marks` counts how often each phase began and ended."""
         frame = pd.DataFrame({"text": self.texts})
-        with patch.object(checkpoint, "FLUSH_S", self.flush_s):
+        with patch.object(checkpoint, "FLUSH_S", self.flush_s), _marking(marks):
             out: pd.DataFrame = frame.llm.complete(
                 "{text}",
                 model=MODEL,
                 base_url=url,
                 api_key="sk-test-not-a-secret",
                 max_concurrency=self.concurrency,
-                checkpoint=directory,
+                checkpoint=store,
                 details=True,
                 progress=False,
             )
@@ -74,43 +84,73 @@ class Attack:
         return [f"row {number} of {self.rows}" for number in range(self.rows)]
 
 
+@contextmanager
+def _marking(marks: Any) -> Iterator[None]:
+    """Count in memory that outlives the process how often its checkpoint began and ended a phase."""
+    if marks is None:
+        yield
+        return
+    real = {phase: getattr(checkpoint.Checkpoint, name) for phase, name in MARKED.items()}
+
+    def marked(phase: str) -> Callable[..., Any]:
+        place = 2 * PHASES.index(phase)
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            marks[place] += 1
+            try:
+                return real[phase](*arguments, **keywords)
+            finally:
+                marks[place + 1] += 1
+
+        return call
+
+    with patch.multiple(checkpoint.Checkpoint, **{name: marked(phase) for phase, name in MARKED.items()}):
+        yield
+
+
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """When to kill: so long after the call's first request, or as the n-th temporary file is being written.
+    """When to kill: so long after a phase began for the n-th time; `start-up` begins with the process."""
 
-    Below 0 it is the time after the process's start, whatever it has come to by then.
-    """
-
-    after_s: float | None = None
-    file: int | None = None
+    phase: str
+    after_s: float
+    time: int = 1
 
     @classmethod
-    def draw(cls, chance: random.Random, seconds: float) -> Moment:
-        """Choose a moment of a call that takes so long, its start-up and its last breath included."""
-        if chance.random() < 0.3:
-            return cls(file=chance.randint(1, max(2, int(seconds))))
-        return cls(after_s=chance.uniform(-0.1, 1.1) * seconds)
+    def draw(cls, chance: random.Random, seconds: float, phase: str | None = None) -> Moment:
+        """Choose a moment of a call that takes so long from its first request to its end."""
+        match phase or chance.choice(PHASES):
+            case "start-up":
+                return cls("start-up", chance.uniform(0.0, 0.15))
+            case "requests":
+                return cls("requests", chance.uniform(0.0, 0.9 * seconds))
+            case "flush":
+                return cls("flush", chance.uniform(0.0, 0.006), chance.randint(1, max(1, int(seconds))))
+            case "merge":
+                return cls("merge", chance.uniform(0.0, 0.012))
+            case _:
+                return cls("end", chance.uniform(0.0, 0.03))
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What a kill did.
+    """What a series of kills did.
 
     Attributes
     ----------
-    moment : Moment
-        When it was meant to be.
+    phases : list of str
+        Where each kill met its process: some of `PHASES`, or `over` where the call had ended before it.
     on_disk : int
-        Answers in the checkpoint after it.
+        Answers in the checkpoint after the last kill.
     asked_again : int
-        Answered before the kill and once more after it: what it cost.
+        Answered before a kill and once more after it: what the kills cost.
     oldest_s : float
-        How long before the kill the oldest of those was answered.
+        How long before a kill the oldest of those was answered.
     faults : list of str
         Promises broken.
     """
 
-    moment: Moment
+    phases: list[str] = field(default_factory=list)
     on_disk: int = 0
     asked_again: int = 0
     oldest_s: float = 0.0
@@ -124,45 +164,83 @@ def process_context() -> Any:
     return context
 
 
-def undisturbed(attack: Attack, server: SimulatedServer, directory: Path) -> tuple[pd.DataFrame, float]:
+def undisturbed(attack: Attack, server: SimulatedServer, store: str | os.PathLike[str]) -> tuple[pd.DataFrame, float]:
     """Make the call in peace; its frame, and the seconds between its first request and its end."""
     server.reset(latency_s=LATENCY_S)
-    frame = attack.call(server.base_url, directory)
+    frame = attack.call(server.base_url, os.fspath(store))
     return frame, time.monotonic() - server.stats().first_request_s
 
 
-def kill_once(
-    attack: Attack, moment: Moment, server: SimulatedServer, directory: Path, expected: pd.DataFrame, context: Any
+def kill(
+    attack: Attack,
+    moments: Sequence[Moment],
+    server: SimulatedServer,
+    store: str | os.PathLike[str],
+    expected: pd.DataFrame,
+    context: Any,
+    *,
+    beside: bool = False,
 ) -> Outcome:
-    """Start the call in a process, kill that, look at the disk, and make the call again in this one."""
+    """Kill the call at each moment, one after another, look at the store, and make the call again in this process.
+
+    Parameters
+    ----------
+    beside : bool
+        Let another process make the same call at the same time, and live.
+    """
+    store = os.fspath(store)
     server.reset(latency_s=LATENCY_S)
-    outcome = Outcome(moment)
-    process = context.Process(target=attack.call, args=(server.base_url, directory))
-    process.start()
-    _wait_for(moment, process, server, directory)
-    killed_s = time.monotonic()
-    if process.is_alive():
-        os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    process.close()
-    server.wait_for(in_flight=0)
+    outcome = Outcome()
+    killed_s: list[float] = []
+    survivor = context.Process(target=attack.call, args=(server.base_url, store)) if beside else None
+    if survivor is not None:
+        survivor.start()
+    on_disk: set[str] = set()
+    for moment in moments:
+        already = server.stats().received
+        marks = context.RawArray("i", 2 * len(PHASES))
+        process = context.Process(target=attack.call, args=(server.base_url, store, marks))
+        process.start()
+        _wait_for(moment, process, marks, server, already)
+        killed_s.append(time.monotonic())
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        ended = process.exitcode == 0
+        outcome.phases.append("over" if ended else _phase(marks, server.stats().received > already or beside))
+        process.close()
+        if survivor is None:
+            server.wait_for(in_flight=0)
+        found = _on_disk(store)
+        if lost := on_disk - found:
+            outcome.faults.append(f"{len(lost)} answers are on disk no more: {sorted(lost)[:3]}")
+        on_disk = found
+    if survivor is not None:
+        survivor.join(CALL_S)
+        if survivor.exitcode != 0:
+            outcome.faults.append(f"the process beside it ended with {survivor.exitcode}")
+        on_disk = _on_disk(store)
+        if missing := set(attack.texts) - on_disk:
+            outcome.faults.append(f"the process beside it left {len(missing)} answers out: {sorted(missing)[:3]}")
 
     keys = {content_key({"model": MODEL, "messages": [{"role": "user", "content": t}]}): t for t in attack.texts}
-    answered_s = {
-        request.text: request.received_s + LATENCY_S for request in server.requests() if request.outcome == "answered"
-    }
-    on_disk = _on_disk(directory)
+    answered_s: dict[str, list[float]] = {}
+    for request in server.requests():
+        if request.outcome == "answered":
+            answered_s.setdefault(request.text, []).append(request.received_s + LATENCY_S)
+    before = {keys[key]: count for key, count in server.answered_by_content().items()}
     outcome.on_disk = len(on_disk)
 
-    frame = attack.call(server.base_url, directory)
+    frame = attack.call(server.base_url, store)
 
     times = {keys[key]: count for key, count in server.answered_by_content().items()}
     again = {text for text, count in times.items() if count > 1}
     outcome.asked_again = len(again)
-    outcome.oldest_s = max((killed_s - answered_s[text] for text in again), default=0.0)
-    if lost := again & on_disk:
+    if lost := {text for text in on_disk if times[text] > before.get(text, 0)}:
         outcome.faults.append(f"{len(lost)} answers that were on disk were asked again: {sorted(lost)[:3]}")
-    if outcome.oldest_s > JUST_BEFORE_S:
+    if survivor is None:
+        outcome.oldest_s = max((_age_s(answered_s[text], times[text], killed_s) for text in again), default=0.0)
+    if outcome.oldest_s > (JUST_BEFORE_A_PUT_S if store.startswith("s3://") else JUST_BEFORE_S):
         outcome.faults.append(f"an answer {outcome.oldest_s:.2f} s old at the kill was not on disk")
     if missing := set(attack.texts) - times.keys():
         outcome.faults.append(f"{len(missing)} rows were never answered: {sorted(missing)[:3]}")
@@ -173,27 +251,69 @@ def kill_once(
     return outcome
 
 
-def _wait_for(moment: Moment, process: BaseProcess, server: SimulatedServer, directory: Path) -> None:
-    until = time.monotonic() + CALL_S
-    if moment.file is not None:
-        seen: set[str] = set()
-        while len(seen) < moment.file and process.is_alive() and time.monotonic() < until:
-            if directory.exists():
-                seen.update(name for name in os.listdir(directory) if name.startswith(".part-"))
-        return
-    assert moment.after_s is not None
-    if moment.after_s >= 0:
-        server.wait_for(received=1, timeout_s=CALL_S)
-    process.join(abs(moment.after_s))
+def _age_s(answered_s: Sequence[float], times: int, killed_s: Sequence[float]) -> float:
+    """Give the greatest time between an answer that was asked again and the next kill after it."""
+    lost = sorted(answered_s)[: times - 1]  # the last answer is the one that was kept
+    return max(min((kill_s - each for kill_s in killed_s if kill_s >= each), default=0.0) for each in lost)
 
 
-def _on_disk(directory: Path) -> set[str]:
+def _wait_for(moment: Moment, process: BaseProcess, marks: Any, server: SimulatedServer, already: int) -> None:
+    place, until = 2 * PHASES.index(moment.phase), time.monotonic() + CALL_S
+
+    def begun() -> bool:
+        match moment.phase:
+            case "start-up":
+                return True
+            case "requests":
+                return server.stats().received > already
+            case _:
+                return bool(marks[place] >= moment.time)
+
+    while not begun() and process.is_alive() and time.monotonic() < until:
+        time.sleep(LOOK_S)
+    process.join(moment.after_s)
+
+
+def _phase(marks: Any, asked: bool) -> str:
+    """Say where a process was when it was killed; a flush or a merge may go on beside requests, and at the end."""
+    inside = [phase for phase in PHASES if marks[2 * PHASES.index(phase)] > marks[2 * PHASES.index(phase) + 1]]
+    return " + ".join(inside) or ("requests" if asked else "start-up")
+
+
+def _on_disk(store: str) -> set[str]:
     """List the prompts whose answers a reader finds."""
     try:
-        found = llmframe.read_checkpoint(directory)
+        found = llmframe.read_checkpoint(store)
     except llmframe.CheckpointError:  # killed before it was made
         return set()
     return set(found.loc[found["status"] == "ok", "text"].str.removeprefix("echo: "))
+
+
+@contextmanager
+def place_for(store: str) -> Iterator[str]:
+    """Give the start of the stores' paths: a directory, its URL, or a bucket of a simulated S3."""
+    if store != "s3":
+        with tempfile.TemporaryDirectory() as directory:
+            yield Path(directory).as_uri() if store == "file" else directory
+        return
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
+    bucket = ThreadedMotoServer(port=0, verbose=False)
+    bucket.start()
+    host, port = bucket.get_host_and_port()
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+    }
+    try:
+        s3fs.S3FileSystem().mkdir("kills")
+        yield "s3://kills"
+    finally:
+        bucket.stop()
 
 
 def main() -> int:
@@ -202,25 +322,41 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--rows", type=int, default=1_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--store", choices=["directory", "file", "s3"], default="directory")
     chosen = parser.parse_args()
     chance = random.Random(chosen.seed)
     attacks = [Attack(chosen.rows), Attack(chosen.rows, flush_s=0.05)]
-    broken = 0
-    with SimulatedServer() as server, tempfile.TemporaryDirectory() as place:
+    broken = kills = number = 0
+    met: Counter[str] = Counter()
+    with SimulatedServer() as server, place_for(chosen.store) as place:
         context = process_context()
-        calm = [undisturbed(attack, server, Path(place) / f"calm-{n}") for n, attack in enumerate(attacks)]
-        for number in range(chosen.kills):
-            attack, (expected, seconds) = attacks[number % 2], calm[number % 2]
-            moment = Moment.draw(chance, seconds)
-            outcome = kill_once(attack, moment, server, Path(place) / f"kill-{number}", expected, context)
+        calm = [undisturbed(attack, server, f"{place}/calm-{n}") for n, attack in enumerate(attacks)]
+        while kills < chosen.kills:
+            # Flushes and merges are short, so they are waited for; every third series is of two or three kills in a
+            # row, and every seventh kill is of one of two processes at work in one directory.
+            which = 1 if number % len(PHASES) in (2, 3) else number % 2
+            attack, (expected, seconds) = attacks[which], calm[which]
+            beside = number % 7 == 6
+            moments = [Moment.draw(chance, seconds, PHASES[number % len(PHASES)])]
+            if not beside and number % 3 == 2:
+                moments += [Moment.draw(chance, seconds / 2) for _ in range(chance.randint(1, 2))]
+            outcome = kill(attack, moments, server, f"{place}/kill-{number}", expected, context, beside=beside)
             broken += bool(outcome.faults)
+            met.update(phase for phases in outcome.phases for phase in phases.split(" + "))
+            kills += len(moments)
+            number += 1
             print(
-                f"{number + 1:3} {moment}: {outcome.on_disk} on disk, {outcome.asked_again} asked again, "
+                f"{kills:3} {', '.join(outcome.phases)}{' beside another process' if beside else ''}: "
+                f"{outcome.on_disk} on disk, {outcome.asked_again} asked again, "
                 f"the oldest {outcome.oldest_s:.2f} s; {'; '.join(outcome.faults) or 'kept'}",
                 flush=True,
             )
-    print(f"{chosen.kills} kills, {broken} with a promise broken")
-    return 1 if broken else 0
+    print(
+        f"{kills} kills ({', '.join(f'{count} in {phase}' for phase, count in met.most_common())}) in {number} series"
+    )
+    unmet = [phase for phase in PHASES if not met[phase]]
+    print(f"promises broken in {broken} of them{f'; no kill met: {unmet}' if unmet else ''}")
+    return 1 if broken or unmet else 0
 
 
 if __name__ == "__main__":
