@@ -46,8 +46,8 @@ class LLMFrame:
         output : str, default "response"
             The response column, and the prefix of the others; with labels, also what the model is told they are of.
         details : bool, default False
-            Also write cached and reasoning tokens, cost (USD), latency (s), attempts, finish reason, model, source and
-            request id.
+            Also write cached and reasoning tokens, cost (USD), latency (s), attempts, finish reason, model, source,
+            request id, tool calls (JSON) and the reasoning of a model that thinks.
         where : "missing" or boolean mask, optional
             Which rows to ask: those without an answer, or those of the mask. The others keep what they hold.
         refresh : bool, default False
@@ -68,7 +68,7 @@ class LLMFrame:
             Requests for one row before it is ``failed``.
         on_error : {"column", "raise"}
             Write a row's failure into its columns, or stop at the first.
-        api : {"chat"}
+        api : {"chat", "responses"}
             Which of the endpoint's APIs to ask.
         client, base_url, api_key : optional
             An openai client, or the pieces of one; else ``OPENAI_BASE_URL`` and ``OPENAI_API_KEY``.

@@ -1,56 +1,26 @@
-"""What a reply says: the answer's text and status, and what it cost.
+"""What an answer is worth: its text, its status, what the schema reads in it, and what it cost.
 
-Pure. A server may leave out or misspell anything: what cannot be read is None, never an exception from inside.
+Pure: what either API said comes in one form from `replies`.
 """
 
 from __future__ import annotations
 
-import json
 from typing import Any
-
-import orjson
 
 from llmframe.messages import well_formed
 from llmframe.prices import PriceOf
-from llmframe.results import STATUSES, Completion, Status, Usage
+from llmframe.replies import Said, as_text, item, read_choices, read_output, read_usage
+from llmframe.requests import Api
+from llmframe.results import STATUSES, Completion, Status
 from llmframe.schemas import Labels, Schema, Unfit
 
 QUOTED = 200  # characters of an answer in an error
 
 
-def read_json(body: bytes) -> Any:
-    """Read a body as JSON; None where it is none.
-
-    The strict reader first, for its speed; the lenient one takes NaN, lone surrogates and bytes that are no UTF-8.
-    """
-    try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError:
-        pass
-    try:
-        return json.loads(body.decode("utf-8-sig", "replace"))
-    except (ValueError, RecursionError):
-        return None
-
-
-def read_usage(payload: Any) -> Usage | None:
-    """Read what a reply says it cost; None where it does not say."""
-    usage = _item(payload, "usage")
-    prompt, completion = _count(_item(usage, "prompt_tokens")), _count(_item(usage, "completion_tokens"))
-    if prompt is None and completion is None:
-        return None
-    cached = _count(_item(usage, "prompt_tokens_details", "cached_tokens")) or 0
-    return Usage(
-        prompt or 0,
-        completion or 0,
-        min(cached, prompt or 0),  # a part of the prompt; more of it would make a price negative
-        _count(_item(usage, "completion_tokens_details", "reasoning_tokens")) or 0,
-    )
-
-
-def read_chat(
+def read_reply(
     payload: Any,
     *,
+    api: Api = "chat",
     schema: Schema | None,
     price: PriceOf | None,
     several: bool,
@@ -58,12 +28,14 @@ def read_chat(
     attempts: int,
     request_id: str | None,
 ) -> Completion | None:
-    """Read a chat completion.
+    """Read a reply.
 
     Parameters
     ----------
     payload : object
         The reply's JSON.
+    api : {"chat", "responses"}
+        Whose reply it is.
     schema : Schema, optional
         What the answer has to fit.
     price : callable, optional
@@ -80,21 +52,24 @@ def read_chat(
     Returns
     -------
     Completion or None
-        None where the reply holds no choice at all, and so is no chat completion.
+        None where the reply holds no answer at all.
     """
-    choices = _item(payload, "choices")
-    if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
+    answers = read_output(payload) if api == "responses" else read_choices(payload)
+    if answers is None:
         return None
     usage = read_usage(payload)
-    read = [_read_choice(choice, schema) for choice in choices]
+    read = [_read(said, schema) for said in answers]
     text: Any
     text, parsed, status, error = read[0]
+    first = answers[0]
+    calls, reasoning = first.calls, first.reasoning
     if several:
         text, parsed = [one[0] for one in read], [one[1] for one in read]
         status = max((one[2] for one in read), key=STATUSES.index)
         error = next(one[3] for one in read if one[2] == status)
-    finish = choices[0].get("finish_reason")
-    model = _item(payload, "model")
+        calls = tuple(call for said in answers for call in said.calls)
+        reasoning = "\n\n".join(said.reasoning for said in answers if said.reasoning) or None
+    model = item(payload, "model")
     return Completion(
         text=text,
         status=status,
@@ -107,41 +82,38 @@ def read_chat(
         cost_usd=price(usage) if price and usage else None,
         latency_s=latency_s,
         attempts=attempts,
-        finish_reason=well_formed(finish) if isinstance(finish, str) else None,
+        finish_reason=None if first.finish is None else well_formed(first.finish),
         model=well_formed(model) if isinstance(model, str) else None,
         source="request",
         request_id=None if request_id is None else well_formed(request_id),
+        tool_calls=as_text(calls),
+        reasoning=None if reasoning is None else well_formed(reasoning),
     )
 
 
-def _read_choice(choice: dict[str, Any], schema: Schema | None) -> tuple[str | None, Any, Status, str | None]:
-    """Give a choice's text, what the schema reads in it, its status and its error."""
-    content = _item(choice, "message", "content")
-    if isinstance(content, list):  # content parts, which some servers answer with
-        texts = [text for part in content if isinstance(text := _item(part, "text"), str)]
-        content = "".join(texts) if texts else None
-    finish = choice.get("finish_reason")
-    refusal = _item(choice, "message", "refusal")
-    if finish == "content_filter":
+def _read(said: Said, schema: Schema | None) -> tuple[str | None, Any, Status, str | None]:
+    """Give an answer's text, what the schema reads in it, its status and its error."""
+    if said.cut == "content_filter":
         return None, None, "filtered", "the endpoint's content filter withheld the answer"
-    if isinstance(refusal, str) and refusal:
-        return None, None, "refused", well_formed(f"the model refused: {refusal:.{QUOTED}}")
-    if not isinstance(content, str):
-        if finish == "length":  # all of it spent on thinking
+    if said.refusal is not None:
+        return None, None, "refused", well_formed(f"the model refused: {said.refusal:.{QUOTED}}")
+    if said.text is None:
+        if said.cut == "length":  # all of it spent on thinking
             return None, None, "truncated", "the token limit was reached before any text (finish_reason length)"
-        calls = _item(choice, "message", "tool_calls")
-        said = f"{len(calls)} tool call(s) and no text" if isinstance(calls, list) and calls else "no text"
-        return None, None, "invalid", f"the answer holds {said}"
-    content = well_formed(content)
+        if said.calls and schema is None:  # what `tools=` asks for
+            return None, None, "ok", None
+        what = f"{len(said.calls)} tool call(s) and no text" if said.calls else "no text"
+        return None, None, "invalid", f"the answer holds {what}"
+    content = well_formed(said.text)
     if isinstance(schema, Labels):
-        if finish == "length":
+        if said.cut == "length":
             return None, None, "truncated", f"the answer was cut at the token limit: {content!r:.{QUOTED}}"
         try:
             label = schema.read(content)
         except Unfit as error:
             return None, None, "invalid", str(error)
         return str(label), label, "ok", None
-    if finish == "length":
+    if said.cut == "length":
         return content, None, "truncated", "the answer was cut at the token limit (finish_reason length)"
     if schema is None:
         return content, None, "ok", None
@@ -149,20 +121,3 @@ def _read_choice(choice: dict[str, Any], schema: Schema | None) -> tuple[str | N
         return content, schema.read(content), "ok", None
     except Unfit as error:
         return content, None, "invalid", str(error)
-
-
-def _item(value: Any, *names: str) -> Any:
-    for name in names:
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
-
-
-def _count(value: Any) -> int | None:
-    """Read a number of tokens, also from a server that writes numbers as text."""
-    if isinstance(value, bool):
-        return None
-    try:
-        count = int(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return count if 0 <= count < 2**53 else None

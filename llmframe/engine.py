@@ -14,14 +14,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from llmframe import answers, failures
+from llmframe import failures
 from llmframe.endpoint import CONNECT_S, Endpoint, Lost, Reply
 from llmframe.errors import EndpointError
 from llmframe.failures import Failure, Unreachable
 from llmframe.limits import rate_headers, retry_after_s
 from llmframe.lines import Line
 from llmframe.pacing import Caps
-from llmframe.results import Completion
+from llmframe.replies import read_json
+from llmframe.requests import Form
+from llmframe.results import Completion, after
 from llmframe.timeouts import Timeout
 
 FIRST_PATIENCE_S = 12.0  # nothing ever answered: most likely the address is wrong, and the user sits waiting
@@ -33,6 +35,20 @@ GATEWAY = frozenset({502, 503, 504})  # statuses of whoever stands before a serv
 REFUSALS_A_STRIKE = 3  # of one row, while others are answered: bad luck with a limit, until it has lasted too long
 BYTES_A_TOKEN = 4  # of English; the pacer learns how far that is off
 EXPECTED_TOKENS = 64  # reserved for an answer, until the pacer has learned what requests really take
+
+
+class Ask(Protocol):
+    """Says what to send for a row once more."""
+
+    form: Form
+
+    def repaired(self, number: int, repairs: int, payload: Any, completion: Completion) -> bytes | None:
+        """Give the body to send after an answer; None to take it as it is."""
+        ...
+
+    def fallen_back(self, number: int, form: Form, failure: Failure) -> bytes | None:
+        """Give the body to send after a refusal of the request's form; None where it is none."""
+        ...
 
 
 class Read(Protocol):
@@ -88,6 +104,14 @@ class Job:
         How many answers the run had when the row was last refused, or taken up.
     deadline : asyncio.Timeout or None
         Ends the attempt when it has taken too long.
+    failed : int
+        Attempts that gave no answer, and were tried again.
+    form : str
+        How the schema is put to the endpoint.
+    repairs : int
+        Answers that did not fit and were asked again.
+    unfit : Completion or None
+        The last of them, with what all of them cost.
     """
 
     number: int
@@ -100,6 +124,10 @@ class Job:
     started: float = 0.0
     answered_before: int = 0
     deadline: asyncio.Timeout | None = None
+    failed: int = 0
+    form: Form = "json_schema"
+    repairs: int = 0
+    unfit: Completion | None = None
 
 
 class Crew:
@@ -121,6 +149,8 @@ class Crew:
         What the run allows.
     tally : Tally
         Where the run counts.
+    ask : Ask, optional
+        What to send once more for an answer that does not fit.
     """
 
     def __init__(
@@ -132,6 +162,7 @@ class Crew:
         deliver: Callable[[int, Completion], None],
         policy: Policy,
         tally: Tally,
+        ask: Ask | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._line = line
@@ -141,6 +172,7 @@ class Crew:
         self._deliver = deliver
         self._policy = policy
         self._tally = tally
+        self._ask_again = ask
         self._timeout = Timeout(policy.timeout_s)
         self._workers: set[asyncio.Task[None]] = set()
         self._flying: dict[Job, asyncio.Task[None]] = {}  # the oldest first
@@ -224,7 +256,8 @@ class Crew:
             return None
         self._open += 1
         tokens = len(body) // BYTES_A_TOKEN + EXPECTED_TOKENS
-        return Job(number, body, tokens, answered_before=self._tally.answered)
+        form: Form = "json_schema" if self._ask_again is None else self._ask_again.form
+        return Job(number, body, tokens, answered_before=self._tally.answered, form=form)
 
     # -- one attempt
 
@@ -237,7 +270,7 @@ class Crew:
         self._tally.sent += 1
         self._flying[job] = task
         try:
-            reply, outcome = await self._ask(job)
+            reply, payload, outcome = await self._ask(job)
         except BaseException:  # cancelled, or a fault of ours: the line is shared, and has to know
             self._line.release(job.tokens)
             raise
@@ -249,34 +282,35 @@ class Crew:
         if isinstance(outcome, Failure):
             await self._failed(job, reply, outcome, latency_s)
         else:
-            self._answered(job, reply, outcome, latency_s)
+            self._answered(job, reply, payload, outcome, latency_s)
 
-    async def _ask(self, job: Job) -> tuple[Reply | None, Completion | Failure]:
-        """Send a request, and judge what comes back."""
+    async def _ask(self, job: Job) -> tuple[Reply | None, Any, Completion | Failure]:
+        """Send a request, and judge what comes back: the reply, its JSON, and what it means."""
         try:
             async with asyncio.timeout(None) as job.deadline:
                 reply = await self._line.transport.send(job.body)
         except TimeoutError:
             job.timeouts += 1
             waited_s = self._loop.time() - job.started
-            return None, Failure("retry", "timeout", f"no answer within {waited_s:.1f} s")
+            return None, None, Failure("retry", "timeout", f"no answer within {waited_s:.1f} s")
         except Lost as error:
             # Somebody was there, and it may be the row that brought him down.
-            return None, replace(failures.of_error(error), kind="server error")
+            return None, None, replace(failures.of_error(error), kind="server error")
         except Unreachable as error:
-            return None, failures.of_error(error)
+            return None, None, failures.of_error(error)
         latency_s = self._loop.time() - job.started
-        payload = answers.read_json(reply.body)
+        payload = read_json(reply.body)
         failure = failures.of_reply(reply.status, reply.headers, reply.body, payload)
         if failure is not None:
-            return reply, failure
+            return reply, payload, failure
         request_id = reply.headers.get("x-request-id")
         completion = self._read(payload, latency_s=latency_s, attempts=job.attempts, request_id=request_id)
         if completion is None:
-            return reply, Failure("retry", "bad body", "the reply holds no answer (no choices)", reply.status)
-        return reply, completion
+            failure = Failure("retry", "bad body", "the reply holds no answer (no choices)", reply.status)
+            return reply, payload, failure
+        return reply, payload, completion
 
-    def _answered(self, job: Job, reply: Reply | None, completion: Completion, latency_s: float) -> None:
+    def _answered(self, job: Job, reply: Reply | None, payload: Any, completion: Completion, latency_s: float) -> None:
         used = None
         if completion.prompt_tokens is not None:
             used = completion.prompt_tokens + (completion.completion_tokens or 0)
@@ -292,17 +326,41 @@ class Crew:
         self._timeout.answered(latency_s)
         self._tally.answered += 1
         self._refusals = None
+        if job.unfit is not None:
+            completion = after(job.unfit, completion)
+        if self._ask_again is not None:
+            body = self._ask_again.repaired(job.number, job.repairs, payload, completion)
+            if body is not None:
+                job.repairs += 1
+                job.unfit = completion
+                self._send_again(job, body)  # in a run that was stopped it stays pending, and is asked anew
+                return
         self._done(job, completion)
+
+    def _send_again(self, job: Job, body: bytes) -> None:
+        """Send another body for a row, ahead of the rows that wait."""
+        assert self._ask_again is not None
+        job.body, job.form = body, self._ask_again.form
+        job.tokens = len(body) // BYTES_A_TOKEN + EXPECTED_TOKENS
+        self._due.append(job)
+        self._hire()
 
     async def _failed(self, job: Job, reply: Reply | None, failure: Failure, latency_s: float) -> None:
         self._tally.failures[failure.kind] += 1
         self._trouble = failure.message
         asked_s = self._tell_pacer(job, reply, failure, latency_s)
+        if self._ask_again is not None:
+            body = self._ask_again.fallen_back(job.number, job.form, failure)
+            if body is not None and not self._finished.done():
+                self._line.admit()
+                self._send_again(job, body)
+                return
         wait_s = self._settle(job, failure, asked_s)
         self._line.admit()  # after it is settled whether the run goes on
         if wait_s is None or self._finished.done():
             return
-        self._failing += job.attempts == 1
+        job.failed += 1
+        self._failing += job.failed == 1
         if self._policy.caps.max_concurrency == 1:  # row order is the promise: its place is kept while it waits
             await asyncio.sleep(wait_s)
             self._due.append(job)
@@ -370,6 +428,9 @@ class Crew:
         self._hire()
 
     def _give_up(self, job: Job, failure: Failure) -> None:
+        if job.unfit is not None:  # paid for, though nothing better came of asking again
+            self._done(job, replace(job.unfit, attempts=job.attempts))
+            return
         self._done(job, Completion(status=failure.status, error=failure.message, attempts=job.attempts))
         first = self._refusals
         if first is None:
@@ -386,7 +447,7 @@ class Crew:
 
     def _done(self, job: Job, completion: Completion) -> None:
         self._open -= 1
-        self._failing -= job.attempts > 1
+        self._failing -= job.failed > 0
         try:
             self._deliver(job.number, completion)
         except Exception as error:

@@ -52,7 +52,7 @@ class Options:
     timeout: float | None
     max_attempts: int
     on_error: OnError
-    api: Literal["chat"]
+    api: Literal["chat", "responses"]
     client: openai.AsyncOpenAI | openai.OpenAI | None
     base_url: str | None
     api_key: str | None = field(repr=False)
@@ -62,7 +62,7 @@ class Options:
     def __post_init__(self) -> None:
         _check_choice("na", self.na, ("skip", "raise", "keep"))
         _check_choice("on_error", self.on_error, ("column", "raise"))
-        _check_choice("api", self.api, ("chat",))
+        _check_choice("api", self.api, ("chat", "responses"))
         for name in ("details", "refresh", "dedupe"):
             _check_choice(name, getattr(self, name), (True, False))
         _check_choice("progress", self.progress, (None, True, False))
@@ -109,7 +109,7 @@ def call_options(
     timeout: float | None = None,
     max_attempts: int = 8,
     on_error: OnError = "column",
-    api: Literal["chat"] = "chat",
+    api: Literal["chat", "responses"] = "chat",
     client: openai.AsyncOpenAI | openai.OpenAI | None = None,
     base_url: str | None = None,
     api_key: str | None = None,

@@ -27,7 +27,7 @@ _NO_COUNT = -(1 << 63)
 _COUNTS = ("prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens")
 _AMOUNTS = ("cost_usd", "latency_s")
 _WORDS = ("error", "finish_reason", "model")
-_OBJECTS = ("text", "parsed", "request_id")
+_OBJECTS = ("text", "parsed", "request_id", "tool_calls", "reasoning")
 
 
 class Outcomes:

@@ -57,6 +57,8 @@ COLUMNS = pa.schema(
         ("finish_reason", pa.string()),
         ("model", pa.string()),
         ("request_id", pa.string()),
+        ("tool_calls", pa.string()),
+        ("reasoning", pa.string()),
         ("answered_at", pa.timestamp("us", "UTC")),
         ("origin", pa.int32()),  # which of the footer's origins the row was asked with
     ]

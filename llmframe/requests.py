@@ -18,12 +18,16 @@ import orjson
 
 from llmframe.errors import ConfigurationError
 from llmframe.messages import Messages, plain_json
+from llmframe.responses import as_input, text_format
 
 CANONICAL_VERSION = 1
 KEY_BYTES = 32
-OURS = frozenset({"model", "messages", "stream"})
+OURS = frozenset({"model", "messages", "stream", "input"})
 
 Api = Literal["chat", "responses", "embeddings"]
+Form = Literal["json_schema", "json_object", "prompt"]
+"""How a schema is put to the endpoint: enforced, as some JSON, or in words alone."""
+
 PATHS: Mapping[Api, str] = {
     "chat": "/chat/completions",
     "responses": "/responses",
@@ -77,11 +81,12 @@ class Requests:
         plain = {name: plain_json(value, name, ConfigurationError) for name, value in params.items()}
         asked = _integral(plain)
         self.parameters = canonical({**asked, **(schema or {})}).decode()
-        body = dict(plain)
-        if response_format is not None:
-            body["response_format"] = response_format
-        self._head = b'{"model":' + orjson.dumps(model) + b',"messages":'
-        self._tail = b"," + orjson.dumps(body)[1:] if body else b"}"
+        self.api = api
+        words = b',"input":' if api == "responses" else b',"messages":'
+        self._head = b'{"model":' + orjson.dumps(model) + words
+        self._tails: dict[Form, bytes] = {"prompt": _tail(plain, None, api)}
+        self._tails["json_object"] = _tail(plain, {"type": "json_object"}, api)
+        self._tails["json_schema"] = _tail(plain, response_format, api)
         meant = {
             "version": CANONICAL_VERSION,
             "endpoint": endpoint,
@@ -92,9 +97,13 @@ class Requests:
         }
         self._meant = hashlib.sha256(canonical(meant) + b"\n")
 
-    def body(self, messages: Messages) -> bytes:
+    def body(self, messages: Messages, form: Form = "json_schema") -> bytes:
         """Give the request as it is sent, in JSON."""
-        return self._head + orjson.dumps(messages) + self._tail
+        if self.api != "responses":
+            return self._head + orjson.dumps(messages) + self._tails[form]
+        instructions, items = as_input(messages)
+        said = b"" if instructions is None else b',"instructions":' + orjson.dumps(instructions)
+        return self._head + orjson.dumps(items) + said + self._tails[form]
 
     def key(self, messages: Messages, occurrence: int = 0) -> bytes:
         """Give the 32 bytes under which the answer is kept.
@@ -111,6 +120,17 @@ class Requests:
         if occurrence:
             digest.update(b"\n#%d" % occurrence)
         return digest.digest()
+
+
+def _tail(params: Mapping[str, Any], response_format: Mapping[str, Any] | None, api: Api) -> bytes:
+    """Write what is the same in every body of a run, after the messages."""
+    body = dict(params)
+    if response_format is not None and api == "responses":
+        text = body.get("text")
+        body["text"] = {**(text if isinstance(text, dict) else {}), "format": text_format(response_format)}
+    elif response_format is not None:
+        body["response_format"] = response_format
+    return b"," + orjson.dumps(body)[1:] if body else b"}"
 
 
 def packed(keys: Iterable[bytes]) -> npt.NDArray[np.void]:

@@ -82,6 +82,10 @@ class Completion:
         As the endpoint named them.
     source : {"request", "checkpoint", "duplicate"} or None
         Where the answer came from; None where there is none.
+    tool_calls : str or None
+        The calls of tools that the model asks for, as JSON in the chat API's form.
+    reasoning : str or None
+        What a thinking model thought, where the endpoint tells it; never a part of `text`.
     """
 
     text: str | list[str] | None = None
@@ -99,6 +103,8 @@ class Completion:
     model: str | None = None
     source: Source | None = None
     request_id: str | None = None
+    tool_calls: str | None = None
+    reasoning: str | None = None
 
 
 SUFFIXES = ("_status", "_error", "_prompt_tokens", "_completion_tokens")
@@ -112,6 +118,8 @@ DETAILS = (
     "_model",
     "_source",
     "_request_id",
+    "_tool_calls",
+    "_reasoning",
 )
 
 
@@ -165,6 +173,16 @@ def twin(completion: Completion) -> Completion:
         attempts=0,
         source="duplicate",
     )
+
+
+def after(unfit: Completion, completion: Completion) -> Completion:
+    """Give an answer with what an earlier one cost that was asked again."""
+    costs: dict[str, Any] = {
+        name: None if one is None and other is None else (one or 0) + (other or 0)
+        for name in ("prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens", "cost_usd")
+        for one, other in [(getattr(unfit, name), getattr(completion, name))]
+    }
+    return replace(completion, **costs)
 
 
 def typed(values: Sequence[Any] | npt.NDArray[np.object_], dtype: Any) -> Any:

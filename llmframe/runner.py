@@ -17,11 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from llmframe import answers, endpoint, loops
+from llmframe.asking import Asking
 from llmframe.checkpoint import OTHER_ROWS, Checkpoint, Origin
 from llmframe.endpoint import Endpoint, Extras
 from llmframe.engine import Crew, Policy
 from llmframe.errors import CheckpointError, ConfigurationError, Interrupted, LLMFrameError, RowFailed
 from llmframe.lines import line_to
+from llmframe.messages import Messages
 from llmframe.notices import say, warn
 from llmframe.options import Options
 from llmframe.outcomes import Outcomes
@@ -130,6 +132,8 @@ def prepare(prompts: Prompts, options: Options) -> Prepared:
     schema = read_schema(options.schema, options.output)
     if schema is not None and "response_format" in options.params:
         raise ConfigurationError("schema= and response_format= say the same; pass one of them")
+    if options.api == "responses" and options.params.keys() & {"n", "background"}:
+        raise ConfigurationError("api='responses' gives one answer a request, at once; leave n= and background= out")
     if schema is not None and schema.columns and options.several:
         raise ConfigurationError("n= gives a list of answers, and a schema with properties needs one; leave n= out")
     selected = select(prompts.frame, options)
@@ -261,14 +265,16 @@ async def _ask(prepared: Prepared, asked: npt.NDArray[np.intp]) -> None:
     state = prepared.state
     line = await line_to(prepared.endpoint, prepared.policy.caps)
     state.pacer = line.pacer
+    asking_again = _asking(prepared)
     crew = Crew(
         line=line,
         endpoint=prepared.endpoint,
-        requests=_bodies(prepared, asked),
+        requests=_bodies(prepared, asked, asking_again),
         read=_reader(prepared),
         deliver=_deliverer(prepared),
         policy=prepared.policy,
         tally=state.tally,
+        ask=None if state.schema is None else asking_again,
     )
     asking = asyncio.create_task(crew.run())
     saving = asyncio.create_task(_save(prepared.checkpoint)) if prepared.checkpoint is not None else None
@@ -300,20 +306,36 @@ async def _save(checkpoint: Checkpoint) -> None:
             await asyncio.shield(loops.in_thread(checkpoint.flush))
 
 
-def _bodies(prepared: Prepared, asked: npt.NDArray[np.intp]) -> Iterator[tuple[int, bytes]]:
+def _asking(prepared: Prepared) -> Asking:
+    state = prepared.state
+
+    def messages_of(number: int) -> Messages:
+        (messages,) = prepared.prompts.render(state.plan.first[[number]])
+        assert not isinstance(messages, Missing)
+        return messages
+
+    def tell(words: str) -> None:
+        say(words, quiet=prepared.quiet)
+
+    return Asking(prepared.requests, state.schema, messages_of, tell, repairs=not state.options.several)
+
+
+def _bodies(prepared: Prepared, asked: npt.NDArray[np.intp], asking: Asking) -> Iterator[tuple[int, bytes]]:
     """Make each request as a worker asks for it."""
     positions = prepared.state.plan.first[asked]
     for number, messages in zip(map(int, asked), prepared.prompts.render(positions), strict=True):
         assert not isinstance(messages, Missing)
-        yield number, prepared.requests.body(messages)
+        yield number, asking.body(messages)
 
 
 def _reader(prepared: Prepared) -> Any:
-    schema, price, several = prepared.state.schema, prepared.price, prepared.state.options.several
+    schema, price, options = prepared.state.schema, prepared.price, prepared.state.options
+    api, several = options.api, options.several
 
     def read(payload: Any, *, latency_s: float, attempts: int, request_id: str | None) -> Completion | None:
-        return answers.read_chat(
+        return answers.read_reply(
             payload,
+            api=api,
             schema=schema,
             price=price,
             several=several,

@@ -12,7 +12,7 @@ import re
 import zlib
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
 
@@ -99,6 +99,12 @@ class Behaviour:
         404 for every other model. None is any.
     cached_tokens, reasoning_tokens : int
         What `usage` says of them; reasoning is added to the completion's tokens.
+    refuse_formats : list of str
+        400 for a `response_format` (or `text.format`) of these types, in the words of an older model of OpenAI's.
+    reasoning : str or None
+        What the model thought, told as `reasoning_by` says.
+    reasoning_by : {"reasoning_content", "reasoning", "think"}
+        In which field, or in tags before the text.
     log : bool
         Keep the newest requests for `requests()`; a benchmark can do without.
     """
@@ -135,6 +141,9 @@ class Behaviour:
     valid_models: Sequence[str] | None = None
     cached_tokens: int = 0
     reasoning_tokens: int = 0
+    refuse_formats: Sequence[str] = ()
+    reasoning: str | None = None
+    reasoning_by: Literal["reasoning_content", "reasoning", "think"] = "reasoning_content"
     log: bool = True
 
     def __post_init__(self) -> None:
@@ -185,6 +194,7 @@ def directives_in(text: str) -> Mapping[str, str]:
     ``[[sleep=3]]``: that many seconds more.
     ``[[say=some text]]``, ``[[content=]]``, ``[[content=null]]``: that text, whatever the schema.
     ``[[label=bad]]``: that label for every enum of the schema, fitting or not.
+    ``[[unfit_first=2]]``: JSON that fits no schema, until so many answers of the assistant stand in the conversation.
     ``[[finish=length]]``, ``[[finish=content_filter]]``: that finish_reason; length gives half of the text.
     ``[[refusal=I cannot]]``, ``[[tool_calls]]``: that instead of a text.
     ``[[surrogate]]``: a lone surrogate in the text.
@@ -262,13 +272,15 @@ def text_of(content: object) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list):
-        return "".join(part.get("text") or "" for part in content if part.get("type") == "text")
+        return "".join(part.get("text") or "" for part in content if part.get("type") in ("text", "input_text"))
     return ""
 
 
 def last_user_text(messages: Sequence[Mapping[str, Any]]) -> str:
     """Find the text that is answered: the last user message's."""
-    return next((text_of(m.get("content")) for m in reversed(messages) if m.get("role") == "user"), "")
+    said = [text_of(message.get("content")) for message in messages if message.get("role") == "user"]
+    steering = [text for text in said if "[[" in text]  # also in a conversation that goes on after it
+    return (steering or said or [""])[-1]
 
 
 def label_of(text: str, labels: Sequence[Any], choice: int = 0) -> Any:
@@ -350,6 +362,10 @@ def chat_answer(request: Mapping[str, Any], behaviour: Behaviour, directives: Ma
             calls = [{"id": "call_0", "type": "function", "function": {"name": "look_up", "arguments": "{}"}}]
             content, finish = None, "tool_calls"
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": refusal, "annotations": []}
+        if behaviour.reasoning is not None and behaviour.reasoning_by == "think":
+            message["content"] = f"<think>\n{behaviour.reasoning}\n</think>\n\n{content or ''}"
+        elif behaviour.reasoning is not None:
+            message[behaviour.reasoning_by] = behaviour.reasoning
         if calls:
             message["tool_calls"] = calls
         choices.append({"index": index, "message": message, "logprobs": None, "finish_reason": finish})
@@ -377,6 +393,9 @@ def chat_answer(request: Mapping[str, Any], behaviour: Behaviour, directives: Ma
 def content_of(request: Mapping[str, Any], directives: Mapping[str, str], text: str, index: int) -> str | None:
     """Write the text of one choice: what was wished for, else what the format asks, else the echo."""
     if directives:
+        turns = sum(message.get("role") == "assistant" for message in request["messages"])
+        if turns < int(directives.get("unfit_first", 0)):
+            return '{"unfit": true}'
         if "say" in directives:
             return directives["say"]
         if "content" in directives:
@@ -391,6 +410,89 @@ def content_of(request: Mapping[str, Any], directives: Mapping[str, str], text: 
         case "json_object":
             return orjson.dumps({"echo": text}).decode()
     return f"echo: {text}" if index == 0 else f"echo: {text} ({index + 1})"
+
+
+def response_answer(
+    request: Mapping[str, Any], behaviour: Behaviour, directives: Mapping[str, str], text: str
+) -> Answer:
+    """Answer a request of the Responses API: what the chat API would say, in this one's items."""
+    given = request["input"]
+    messages = [{"role": "user", "content": given}] if isinstance(given, str) else list(given)
+    if request.get("instructions"):
+        messages.insert(0, {"role": "system", "content": request["instructions"]})
+    chat: dict[str, Any] = {"model": request["model"], "messages": messages}
+    if request.get("max_output_tokens"):
+        chat["max_tokens"] = request["max_output_tokens"]
+    form = (request.get("text") or {}).get("format")
+    if form:
+        chat["response_format"] = {"type": form["type"], "json_schema": form}
+    said = chat_answer(chat, replace(behaviour, reasoning=None), directives, text)
+    choice, usage = said.body["choices"][0], said.body["usage"]
+    message = choice["message"]
+    output: list[dict[str, Any]] = []
+    if behaviour.reasoning is not None:
+        summary = [{"type": "summary_text", "text": behaviour.reasoning}]
+        output.append({"type": "reasoning", "id": "rs_1", "summary": summary})
+    if message["refusal"] is not None:
+        parts = [{"type": "refusal", "refusal": message["refusal"]}]
+    else:
+        parts = [{"type": "output_text", "text": message["content"], "annotations": []}]
+    for call in message.get("tool_calls", ()):
+        function = call["function"]
+        output.append({"type": "function_call", "id": "fc_1", "call_id": call["id"], **function})
+    if message["refusal"] is not None or message["content"] is not None:
+        output.append({"type": "message", "id": "msg_1", "role": "assistant", "status": "completed", "content": parts})
+    reasons = {"length": "max_output_tokens", "content_filter": "content_filter"}
+    reason = reasons.get(choice["finish_reason"])
+    body = {
+        "id": "",
+        "object": "response",
+        "status": "incomplete" if reason else "completed",
+        "incomplete_details": {"reason": reason} if reason else None,
+        "error": None,
+        "model": request["model"],
+        "output": output,
+        "usage": {
+            "input_tokens": usage["prompt_tokens"],
+            "input_tokens_details": {"cached_tokens": behaviour.cached_tokens},
+            "output_tokens": usage["completion_tokens"],
+            "output_tokens_details": {"reasoning_tokens": behaviour.reasoning_tokens},
+            "total_tokens": usage["total_tokens"],
+        },
+    }
+    return Answer(body, said.prompt_tokens, said.completion_tokens)
+
+
+def response_complaint(request: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Say what is wrong with a request of the Responses API; None where nothing is."""
+    given = request.get("input")
+    if "messages" in request:
+        return (
+            "Unsupported parameter: 'messages'. In the Responses API, this parameter has moved to 'input'.",
+            "messages",
+        )
+    if not given or not isinstance(given, str | list):
+        return "Missing required parameter: 'input'.", "input"
+    for number, one in enumerate([] if isinstance(given, str) else given):
+        where = f"input[{number}]"
+        if not isinstance(one, dict) or not ("role" in one or "type" in one):
+            return f"Invalid value for '{where}': expected an input item.", where
+        if isinstance(one.get("content"), list):
+            known = {"input_text", "input_image", "input_file", "output_text", "refusal"}
+            for part in one["content"]:
+                if part.get("type") not in known:
+                    return f"Invalid value: '{part.get('type')}'. Supported values are: {sorted(known)}.", where
+    return None
+
+
+def format_complaint(request: Mapping[str, Any], behaviour: Behaviour) -> tuple[str, str] | None:
+    """Say that a format is refused; None where it is not."""
+    asked, param = request.get("response_format"), "response_format"
+    if asked is None:
+        asked, param = (request.get("text") or {}).get("format"), "text.format"
+    if asked is None or asked.get("type") not in behaviour.refuse_formats:
+        return None
+    return f"Invalid parameter: '{param}' of type '{asked['type']}' is not supported with this model.", param
 
 
 def embedding_of(text: str, dimensions: int = 8) -> list[float]:

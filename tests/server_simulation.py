@@ -41,8 +41,11 @@ from tests.server_behaviour import (
     embedding_answer,
     embedding_complaint,
     error_body,
+    format_complaint,
     fate_of,
     last_user_text,
+    response_answer,
+    response_complaint,
 )
 from tests.server_limits import Bucket, rate_headers, retry_header
 
@@ -257,6 +260,7 @@ class Endpoint(NamedTuple):
 
 ENDPOINTS = {
     "/chat/completions": Endpoint(chat_complaint, chat_answer),
+    "/responses": Endpoint(response_complaint, response_answer),
     "/embeddings": Endpoint(embedding_complaint, lambda request, *_: embedding_answer(request)),
 }
 JSON_TYPE = "content-type: application/json\r\n"
@@ -383,13 +387,17 @@ class Simulation:
         if (complaint := endpoint.complaint(request)) is not None:
             self._fail(exchange, 400, None, *complaint)
             return
+        if behaviour.refuse_formats and (refusal := format_complaint(request, behaviour)) is not None:
+            self._fail(exchange, 400, None, *refusal)
+            return
         if behaviour.valid_models is not None and request["model"] not in behaviour.valid_models:
             name = request["model"]
             self._fail(
                 exchange, 404, "model_not_found", f"The model `{name}` does not exist or you have no access to it."
             )
             return
-        text = last_user_text(request.get("messages", ()))
+        given = request.get("messages") or request.get("input") or ()
+        text = given if isinstance(given, str) else last_user_text([one for one in given if isinstance(one, dict)])
         exchange.directives = directives = directives_in(text)
         exchange.answer = answer = endpoint.answer(request, behaviour, directives, text)
 
@@ -494,14 +502,16 @@ class Simulation:
 
         body = answer.body
         self._serial += 1
-        if "id" in body:
+        if body.get("object") == "response":
+            body["id"], body["created_at"] = f"resp_{self._serial}", int(time.time())
+        elif "id" in body:
             body["id"], body["created"] = f"chatcmpl-{self._serial}", int(time.time())
         if "echo_headers" in directives:
             body["choices"][0]["message"]["content"] = json.dumps(exchange.headers())
         if fault == "no_usage":
             del body["usage"]
         elif fault == "empty_choices":
-            body["choices"] = []
+            body["choices" if "choices" in body else "output"] = []
         elif fault == "error_in_200":
             body = {"error": {"message": "Provider returned error", "code": behaviour.error_code or 502}}
         try:

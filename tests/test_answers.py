@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmframe.answers import read_chat, read_json, read_usage
+from llmframe.answers import read_reply
 from llmframe.outcomes import Outcomes
 from llmframe.prices import Prices
+from llmframe.replies import read_json, read_usage, without_thinking
 from llmframe.results import PAID, STATUSES, Completion, Usage, column_dtype, text_dtype, typed
 from llmframe.schemas import Labels
 
@@ -23,7 +24,7 @@ CALLS = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": 
 
 
 def read(payload: Any, schema: Labels | None = None, several: bool = False) -> Completion | None:
-    return read_chat(
+    return read_reply(
         payload, schema=schema, price=PRICE, latency_s=0.5, attempts=2, request_id="req_1", several=several
     )
 
@@ -90,8 +91,8 @@ def test_an_answer_comes_with_all_that_the_reply_says_of_it() -> None:
             {"content": None, "tool_calls": CALLS},
             "tool_calls",
             None,
-            "invalid",
-            "the answer holds 1 tool call(s) and no text",
+            "ok",
+            None,
         ),
         ({"content": "Yes", "tool_calls": CALLS}, "tool_calls", "Yes", "ok", None),
         ({"content": None}, "stop", None, "invalid", "the answer holds no text"),

@@ -40,7 +40,7 @@ def rows(count: int) -> list[str]:
 
 def read(payload: object, *, latency_s: float, attempts: int, request_id: str | None) -> Completion | None:
     assert isinstance(payload, dict)
-    return answers.read_chat(
+    return answers.read_reply(
         payload, schema=None, price=None, several=False, latency_s=latency_s, attempts=attempts, request_id=request_id
     )
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmframe.answers import read_json
+from llmframe.replies import read_json
 from llmframe.failures import (
     BACKOFF_BASE_S,
     BACKOFF_CAP_S,

@@ -1,0 +1,116 @@
+"""Asking: how a schema is put to the endpoint, and what is sent where that is refused or the answer does not fit.
+
+The key knows nothing of it: it is the request that the user meant, before any repair and before any fallback.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+
+from llmframe.failures import Failure
+from llmframe.messages import Messages, user, well_formed
+from llmframe.replies import read_choices, read_output
+from llmframe.requests import Form, Requests
+from llmframe.results import Completion
+from llmframe.schemas import Schema
+
+REPAIRS = 2  # times an answer that does not fit is asked again; a model that failed thrice fails the fourth time too
+NEXT: dict[Form, Form] = {"json_schema": "json_object", "json_object": "prompt"}
+
+# What OpenAI's older models, Azure, vLLM, Ollama, LM Studio and gateways name when they do not take a schema.
+_FORM = re.compile(
+    r"response[_ .]?format|json[_ ]?schema|json[_ ]?object|text\.format|structured[_ ]output|guided[_ ]|\bgrammar\b",
+    re.I,
+)
+_UNSUPPORTED = frozenset({400, 404, 405, 415, 422, 500, 501})
+
+
+class Asking:
+    """What is sent for each request of a run.
+
+    Parameters
+    ----------
+    requests : Requests
+        Makes the bodies.
+    schema : Schema, optional
+        What the answers have to fit.
+    messages_of : callable
+        Gives a request's messages by its number.
+    tell : callable
+        Is told, once at each step, that the endpoint does not take a form.
+    repairs : bool
+        Whether an answer that does not fit is asked again: not where a row has several.
+    """
+
+    def __init__(
+        self,
+        requests: Requests,
+        schema: Schema | None,
+        messages_of: Callable[[int], Messages],
+        tell: Callable[[str], None],
+        *,
+        repairs: bool = True,
+    ) -> None:
+        self._requests = requests
+        self._schema = schema
+        self._messages_of = messages_of
+        self._tell = tell
+        self._repairs = REPAIRS if repairs and schema is not None else 0
+        self._taken = False  # an answer came under this form, so no refusal is about it
+        self.form: Form = "json_schema"
+
+    def body(self, messages: Messages) -> bytes:
+        """Give the body of a request, in the form that the endpoint takes as far as is known."""
+        return self._requests.body(self._told(messages), self.form)
+
+    def repaired(self, number: int, repairs: int, payload: Any, completion: Completion) -> bytes | None:
+        """Give the body that asks again after an answer that does not fit; None to take the answer as it is."""
+        self._taken = True
+        if completion.status != "invalid" or repairs >= self._repairs:
+            return None
+        said = (read_output(payload) if self._requests.api == "responses" else read_choices(payload)) or []
+        text = said[0].text if said else None
+        if not text:
+            return None
+        words = f"{completion.error}. Answer again."
+        if self.form == "json_schema":  # else it is in the prompt
+            words = f"{words} This is the schema:\n{self._schema_text()}"
+        own = {"role": "assistant", "content": well_formed(text)}
+        return self.body([*self._messages_of(number), own, *user(words)])
+
+    def fallen_back(self, number: int, form: Form, failure: Failure) -> bytes | None:
+        """Give the body for an endpoint that refused the form of a request; None where that is not what it refused."""
+        if self._schema is None or failure.http not in _UNSUPPORTED or not _FORM.search(failure.message):
+            return None
+        if form == self.form:
+            step = NEXT.get(form)
+            if step is None or self._taken:
+                return None
+            self.form = step
+            way = "json_object with the schema in the prompt" if step == "json_object" else "the schema in the prompt"
+            self._tell(f"the endpoint does not take {form} ({failure.message:.160}); going on with {way}")
+        return self.body(self._messages_of(number))
+
+    def _told(self, messages: Messages) -> Messages:
+        """Put the schema into the last user turn, where it is not enforced: some models refuse a system turn."""
+        if self._schema is None or self.form == "json_schema":
+            return messages
+        words = f"Answer with nothing but one JSON object that fits this JSON schema:\n{self._schema_text()}"
+        place = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=None)
+        if place is None:
+            return [*messages, *user(words)]
+        turn = messages[place]
+        content = turn["content"]
+        if isinstance(content, list):
+            told: Any = [*content, {"type": "text", "text": words}]
+        else:
+            told = f"{content}\n\n{words}"
+        return [*messages[:place], {**turn, "content": told}, *messages[place + 1 :]]
+
+    def _schema_text(self) -> str:
+        assert self._schema is not None
+        return orjson.dumps(self._schema.response_format["json_schema"]["schema"]).decode()

@@ -1,0 +1,63 @@
+"""The Responses API's side of a request: a row's messages as its input, and a schema as its text format.
+
+Pure. Messages are written once, in the chat API's form, whichever API is asked; `replies` reads what comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmframe.messages import Message, Messages
+
+
+def as_input(messages: Messages) -> tuple[str | None, list[Any]]:
+    """Give messages as the instructions and the input of a request.
+
+    Examples
+    --------
+    >>> as_input([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}])
+    ('Be brief.', [{'role': 'user', 'content': 'Hello'}])
+    """
+    first, *rest = messages
+    if first["role"] in ("system", "developer") and isinstance(first.get("content"), str) and rest:
+        return first["content"], [one for message in rest for one in _items(message)]
+    return None, [one for message in messages for one in _items(message)]
+
+
+def _items(message: Message) -> list[Message]:
+    role, content = message["role"], message.get("content")
+    if role == "tool":
+        return [{"type": "function_call_output", "call_id": message.get("tool_call_id"), "output": content}]
+    made: list[Message] = []
+    if content is not None:
+        parts = [_part(part, role) for part in content] if isinstance(content, list) else content
+        made.append({"role": role, "content": parts})
+    for call in message.get("tool_calls") or ():
+        function = call.get("function") or {}
+        made.append({"type": "function_call", "call_id": call.get("id"), **function})
+    return made
+
+
+def _part(part: Any, role: str) -> Any:
+    """Give a content part under the names of this API; what it does not know goes as it is."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text":
+        return {"type": "output_text" if role == "assistant" else "input_text", "text": part["text"]}
+    if kind == "image_url" and isinstance(part.get("image_url"), Mapping):
+        image = part["image_url"]
+        return {"type": "input_image", "image_url": image.get("url"), "detail": image.get("detail", "auto")}
+    if kind == "file" and isinstance(part.get("file"), Mapping):
+        return {"type": "input_file", **part["file"]}
+    return part
+
+
+def text_format(response_format: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a chat ``response_format`` as the ``text.format`` of this API.
+
+    Examples
+    --------
+    >>> text_format({"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": {}}})
+    {'type': 'json_schema', 'name': 'answer', 'strict': True, 'schema': {}}
+    """
+    return {"type": response_format["type"], **response_format.get("json_schema", {})}
