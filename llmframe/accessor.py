@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from llmframe import runner
-from llmframe.errors import TemplateError
+from llmframe.errors import ConfigurationError, TemplateError
 from llmframe.options import Options, call_options, gather, method_takes_options
 from llmframe.planning import select
 from llmframe.prompts import Missing, Prompt, Prompts
@@ -38,6 +38,9 @@ class LLMFrame:
             A template for the system message.
         examples : list of (str, str), optional
             Few-shot pairs of user and assistant texts, sent as they are.
+        history : column name, optional
+            A column of message arrays that each row's turn goes on from; in the result it has grown by the turn and
+            its answer, so that the next call continues the conversation. It is made where the frame has none.
         model : str
             The model's name; ``"local"`` is the embedded one. Else `configure`, else ``LLMFRAME_MODEL``.
         schema : list of labels, pydantic model or dict, optional
@@ -142,7 +145,14 @@ class LLMFrame:
 
     def _call(self, prompt: Prompt, keywords: dict[str, Any]) -> tuple[Prompts, Options]:
         options = gather(keywords)
-        prompts = Prompts(self._frame, prompt, system=options.system, examples=options.examples, na=options.na)
+        prompts = Prompts(
+            self._frame,
+            prompt,
+            system=options.system,
+            examples=options.examples,
+            history=options.history,
+            na=options.na,
+        )
         return prompts, options
 
 
@@ -175,6 +185,8 @@ class LLMSeries:
         if not isinstance(prompt, str) or "{" not in prompt:
             raise TemplateError(f"the prompt {prompt!r:.60} has no {{}} for the value, as in 'Translate: {{}}'")
         options = gather(keywords)
+        if options.history is not None:
+            raise ConfigurationError("history= is a column of a frame; write series.to_frame().llm.complete(...)")
         # The values are a column without a name, which is what {} and {:.2f} name.
         frame = self._series.to_frame("")
         prompts = Prompts(frame, prompt, system=options.system, examples=options.examples, na=options.na)

@@ -61,6 +61,7 @@ class Asking:
         self._tell = tell
         self._repairs = REPAIRS if repairs and schema is not None else 0
         self._taken = False  # an answer came under this form, so no refusal is about it
+        self._turns: dict[int, Messages] = {}  # of the requests that are asked again
         self.form: Form = "json_schema"
 
     def body(self, messages: Messages) -> bytes:
@@ -71,6 +72,7 @@ class Asking:
         """Give the body that asks again after an answer that does not fit; None to take the answer as it is."""
         self._taken = True
         if completion.status != "invalid" or repairs >= self._repairs:
+            self._turns.pop(number, None)
             return None
         said = (read_output(payload) if self._requests.api == "responses" else read_choices(payload)) or []
         text = said[0].text if said else None
@@ -80,7 +82,9 @@ class Asking:
         if self.form == "json_schema":  # else it is in the prompt
             words = f"{words} This is the schema:\n{self._schema_text()}"
         own = {"role": "assistant", "content": well_formed(text)}
-        return self.body([*self._messages_of(number), own, *user(words)])
+        turns = self._turns.setdefault(number, [])
+        turns += [own, *user(words)]
+        return self.body([*self._messages_of(number), *turns])
 
     def fallen_back(self, number: int, form: Form, failure: Failure) -> bytes | None:
         """Give the body for an endpoint that refused the form of a request; None where that is not what it refused."""

@@ -36,6 +36,7 @@ class Options:
 
     system: str | None
     examples: Iterable[tuple[str, str]] | None
+    history: str | None
     model: str | None
     schema: Any
     output: str
@@ -70,6 +71,12 @@ class Options:
             raise ConfigurationError(f"model={self.model!r} is no model's name; pass text")
         if not isinstance(self.output, str) or not self.output:
             raise ConfigurationError(f"output={self.output!r} is no column name; pass text")
+        if self.history is not None and (not isinstance(self.history, str) or not self.history):
+            raise ConfigurationError(f"history={self.history!r} is no column name; pass text")
+        if self.history == self.output:
+            raise ConfigurationError(f"history= and output= are both {self.output!r}; give each column its own name")
+        if self.history is not None and self.several:
+            raise ConfigurationError("n= gives several answers, and history= goes on with one; leave one of them out")
         if self.checkpoint is not None and not isinstance(self.checkpoint, str | os.PathLike):
             raise ConfigurationError(f"checkpoint={self.checkpoint!r} is no directory; pass a path or an fsspec URL")
         _check_count("max_attempts", self.max_attempts)
@@ -93,6 +100,7 @@ def call_options(
     *,
     system: str | None = None,
     examples: Iterable[tuple[str, str]] | None = None,
+    history: str | None = None,
     model: str | None = None,
     schema: Any = None,
     output: str = "response",
@@ -127,10 +135,17 @@ def call_options(
 
 
 KEYWORDS = tuple(keyword.name for keyword in fields(Options) if keyword.name != "params")
-FRAME_ONLY = ("system", "examples", "output", "details", "where", "na")  # what a list of message arrays has no use for
+FRAME_ONLY = (
+    "system",
+    "examples",
+    "history",
+    "output",
+    "details",
+    "where",
+    "na",
+)  # what a list of message arrays has no use for
 LATER = (
     "images",
-    "history",
     "max_cost",
     "max_tokens_total",
 )  # designed and not built: never to reach the API as its own

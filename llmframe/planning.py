@@ -100,6 +100,8 @@ def check_columns(
         An output column exists and no ``where=`` says which rows to fill, or holds values of another kind.
     """
     dtypes = output_dtypes(options, schema)
+    if options.history in dtypes:
+        raise ConfigurationError(f"history={options.history!r} is one of the columns to be written; name another")
     existing = [name for name in dtypes if name in frame.columns]
     if not existing:
         return

@@ -82,6 +82,9 @@ class Prompts:
         A template that becomes the first message.
     examples : sequence of (str, str), optional
         Few-shot pairs of a user's and an assistant's text, put before the prompt as they are.
+    history : str, optional
+        A column of message arrays that come before each row's own; a row without one, or a frame without the column,
+        begins a conversation.
     na : {"skip", "raise", "keep"}
         What to do with a row where a value that it needs is missing.
 
@@ -98,6 +101,7 @@ class Prompts:
         *,
         system: str | None = None,
         examples: Iterable[tuple[str, str]] | None = None,
+        history: str | None = None,
         na: Na = "skip",
     ) -> None:
         if isinstance(frame.columns, pd.MultiIndex):
@@ -113,9 +117,10 @@ class Prompts:
         self._names = _names(frame)
         self._system = None if system is None else _read_system(system, self._names)
         self._examples = _read_examples(examples)
+        self._history = history if history in self._labels else None
         self._maker = self._read_prompt(prompt)
         system_columns = self._system.columns if self._system else ()
-        self._reads = tuple(dict.fromkeys((*system_columns, *self._maker.reads)))
+        self._reads = tuple(dict.fromkeys((*system_columns, *self._maker.reads, *self._before)))
         self._needs = () if na == "keep" else tuple(dict.fromkeys((*system_columns, *self._maker.needs)))
         labels: list[Hashable] = list(frame.columns)
         for column in self._reads:
@@ -187,12 +192,30 @@ class Prompts:
             if self._na != "keep":
                 return self._missing("the prompt function returned no prompt")
             own = user("")
+        earlier = self._goes_on(row)
+        if earlier:
+            if self._system is not None and earlier[0]["role"] in ("system", "developer"):
+                earlier = earlier[1:]  # this call's takes its place
+            own = [*earlier, *own]
         if self._system is not None:
             own = [{"role": "system", "content": well_formed(self._system.render(row))}, *own]
-        if not self._examples:
+        if not self._examples or earlier:
             return own
         turn = next((n for n, message in enumerate(own) if message["role"] not in ("system", "developer")), len(own))
         return [*own[:turn], *self._examples, *own[turn:]]
+
+    @property
+    def _before(self) -> tuple[Hashable, ...]:
+        return () if self._history is None else (self._history,)
+
+    def _goes_on(self, row: Values) -> Messages:
+        """Give the conversation that a row goes on from."""
+        if self._history is None or row[self._history] is None:
+            return []
+        value = row[self._history]
+        if isinstance(value, list | tuple | np.ndarray) and len(value) == 0:
+            return []
+        return check_messages(value, f"the conversation in column {self._history!r}")
 
     def _missing(self, reason: str) -> Missing:
         if self._na == "raise":
@@ -227,9 +250,14 @@ class Prompts:
             return prompt
         return getattr(prompt, "__qualname__", type(prompt).__name__)
 
+    @property
+    def _differs(self) -> bool:
+        """Whether rows differ in more than their own turn."""
+        return self._history is not None or bool(self._system and self._system.columns)
+
     def _from_column_or_template(self, text: str) -> _Maker:
         template = read_template(text, self._names)
-        if not template.columns and not (self._system and self._system.columns):
+        if not template.columns and not self._differs:
             if len(text) <= 60 and "\n" not in text:
                 raise TemplateError(
                     f"{TemplateError.unknown_column(text, self._names)} "
@@ -246,7 +274,7 @@ class Prompts:
             for message in check_messages(prompt, "prompt")
         ]
         columns = tuple(dict.fromkeys(_columns(compiled)))
-        if not columns and not (self._system and self._system.columns):
+        if not columns and not self._differs:
             raise TemplateError(
                 "no message of the prompt has a {column} field, so every row would send the same; "
                 "for message arrays without a frame there is llmframe.complete([...])"

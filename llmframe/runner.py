@@ -161,7 +161,7 @@ def prepare(prompts: Prompts, options: Options) -> Prepared:
         options.api,
     )
     plan = make_plan(prompts, requests, selected, dedupe=options.dedupe)
-    state = State(prompts.frame, options, schema, plan, Outcomes(len(plan.keys)))
+    state = State(prompts.frame, options, schema, plan, Outcomes(len(plan.keys)), prompts=prompts)
     checkpoint = None
     if options.checkpoint is not None:
         origin = Origin(
@@ -209,7 +209,7 @@ def _recall(prepared: Prepared) -> None:
     if not state.options.refresh:
         for number, completion in checkpoint.find(state.plan.keys):
             kept = _reread(completion, state.schema)
-            if kept is None or (kept.text is None and state.options.where == "missing"):
+            if kept is None or (kept.text is None and kept.status != "ok" and state.options.where == "missing"):
                 continue  # a refusal is kept as what it is, until a call asks for what has no answer
             state.outcomes.put(number, kept)
             state.rows_done += int(shared[number])

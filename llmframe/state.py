@@ -10,14 +10,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import orjson
 import pandas as pd
 
 from llmframe.engine import Tally
+from llmframe.messages import Message
 from llmframe.options import Options
 from llmframe.outcomes import NOT_SELECTED, Outcomes
 from llmframe.pacing import Pacer
 from llmframe.planning import Plan, output_dtypes
-from llmframe.results import Completion, Usage, property_column, twin, typed
+from llmframe.prompts import Missing, Prompts
+from llmframe.results import STATUSES, Completion, Usage, property_column, twin, typed
 from llmframe.schemas import Schema
 
 
@@ -49,6 +53,8 @@ class State:
         On the monotonic clock, in seconds.
     unsaved : str or None
         Why the checkpoint does not hold all that was answered.
+    prompts : Prompts or None
+        What each row sent, where conversations are to be kept.
     """
 
     source: pd.DataFrame
@@ -64,6 +70,7 @@ class State:
     started: float = field(default_factory=time.monotonic)
     ended: float | None = None
     unsaved: str | None = None
+    prompts: Prompts | None = None
 
     @property
     def rows(self) -> int:
@@ -110,4 +117,27 @@ class State:
                 kept = np.fromiter(frame[name].astype(object), object, len(frame))
                 cells = np.where(self.plan.selected, np.fromiter(cells, object, len(frame)), kept)
             frame[name] = typed(cells, dtype)
+        if options.history is not None and self.prompts is not None:
+            frame[options.history] = self._conversations(self.prompts, options.history)
         return frame
+
+    def _conversations(self, prompts: Prompts, name: str) -> npt.NDArray[np.object_]:
+        """Give each row's conversation: what it sent and its answer, or what it was where there is none."""
+        known = name in self.source.columns
+        cells: npt.NDArray[np.object_] = np.full(len(self.source), None, object)
+        if known:
+            cells = typed(self.source[name].tolist(), object)
+        texts, calls = self.outcomes.cells("text"), self.outcomes.cells("tool_calls")
+        numbers = self.plan.request_of
+        codes = self.outcomes.statuses(numbers)
+        answered = np.isin(codes, [STATUSES.index("ok"), STATUSES.index("truncated")])
+        answered &= np.array([texts[n] is not None or calls[n] is not None for n in numbers], dtype=bool)
+        positions = np.flatnonzero(answered)
+        for position, sent in zip(positions.tolist(), prompts.render(positions), strict=True):
+            assert not isinstance(sent, Missing)
+            number = numbers[position]
+            turn: Message = {"role": "assistant", "content": texts[number]}
+            if calls[number] is not None:
+                turn["tool_calls"] = orjson.loads(calls[number])
+            cells[position] = [*sent, turn]
+        return cells

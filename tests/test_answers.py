@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llmframe.answers import read_reply
 from llmframe.outcomes import Outcomes
 from llmframe.prices import Prices
-from llmframe.replies import read_json, read_usage, without_thinking
+from llmframe.replies import read_json, read_usage
 from llmframe.results import PAID, STATUSES, Completion, Usage, column_dtype, text_dtype, typed
 from llmframe.schemas import Labels
 

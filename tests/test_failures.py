@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmframe.replies import read_json
 from llmframe.failures import (
     BACKOFF_BASE_S,
     BACKOFF_CAP_S,
@@ -23,6 +22,7 @@ from llmframe.failures import (
     of_reply,
 )
 from llmframe.messages import well_formed
+from llmframe.replies import read_json
 
 RUN, ROW, RETRY = "run", "row", "retry"
 

@@ -25,6 +25,7 @@ from llmframe.requests import OURS
 DEFAULTS = {
     "system": None,
     "examples": None,
+    "history": None,
     "model": None,
     "schema": None,
     "output": "response",
@@ -115,7 +116,7 @@ def test_options_show_no_key() -> None:
         ("na", None, "na=None is not known"),
         ("na", ["skip"], "is not known"),
         ("on_error", "ignore", "on_error='ignore' is not known; it is one of 'column', 'raise'"),
-        ("api", "responses", "api='responses' is not known"),
+        ("api", "assistants", "api='assistants' is not known"),
         ("details", 1, "details=1 is not known; it is one of True, False"),
         ("details", "yes", "details='yes' is not known"),
         ("refresh", None, "refresh=None is not known"),

@@ -225,7 +225,7 @@ def test_each_row_has_its_own_status_and_error(ask: Ask) -> None:
         "[[status=400:content_filter]]": (None, "filtered", "HTTP 400"),
         "[[refusal=I will not]]": (None, "refused", "I will not"),
         "[[content=null]]": (None, "invalid", "no text"),
-        "[[tool_calls]]": (None, "invalid", "1 tool call"),
+        "[[tool_calls]]": (None, "ok", None),
         "[[status=400]]": (None, "failed", "HTTP 400"),
         "[[status=413]]": (None, "failed", "HTTP 413"),
         "[[surrogate]]": ("half a pair: \ufffd", "ok", None),

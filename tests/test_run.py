@@ -303,7 +303,7 @@ ANSWERS: dict[str, tuple[bytes, str, str | None]] = {
     "content null": (orjson.dumps(raw_chat(content=None)), "invalid", None),
     "content a number": (orjson.dumps(raw_chat(content=5)), "invalid", None),
     "a refusal": (orjson.dumps(raw_chat(content=None, refusal="I cannot")), "refused", None),
-    "tool calls": (orjson.dumps(raw_chat(content=None, tool_calls=[{"id": "a"}])), "invalid", None),
+    "tool calls": (orjson.dumps(raw_chat(content=None, tool_calls=[{"id": "a"}])), "ok", None),
     "no message": (b'{"choices":[{"finish_reason":"stop"}]}', "invalid", None),
     "a finish_reason that is a number": (b'{"choices":[{"message":{"content":"hi"},"finish_reason":7}]}', "ok", "hi"),
     "choices are text": (b'{"choices":"none"}', "failed", None),

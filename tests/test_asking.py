@@ -1,0 +1,123 @@
+"""Asking again: an answer that does not fit, an endpoint that takes no schema; against a real server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pydantic
+import pytest
+
+import llmframe
+from tests.server import SimulatedServer
+
+Ask = Callable[..., pd.DataFrame]
+
+
+class Review(pydantic.BaseModel):
+    stars: int
+    summary: str
+
+
+@pytest.fixture
+def ask(server: SimulatedServer) -> Ask:
+    def complete(texts: list[str], **keywords: Any) -> pd.DataFrame:
+        defaults = {"model": "m", "base_url": server.base_url, "progress": False, "details": True, "schema": Review}
+        return pd.DataFrame({"text": texts}).llm.complete("{text}", **defaults | keywords)
+
+    return complete
+
+
+@pytest.mark.parametrize("api", ["chat", "responses"])
+def test_an_answer_that_does_not_fit_is_asked_again_with_the_error(server: SimulatedServer, ask: Ask, api: str) -> None:
+    out = ask(["a [[unfit_first=2]]", "b"], api=api)
+    assert out["response_status"].tolist() == ["ok", "ok"]
+    assert out["response_attempts"].tolist() == [3, 1]
+    assert out["response_stars"].tolist() == [1, 1]
+    bodies = [request.body for request in server.requests()]
+    turns = max((body["messages" if api == "chat" else "input"] for body in bodies), key=len)
+    assert [turn["role"] for turn in turns] == ["user", "assistant", "user", "assistant", "user"]
+    assert turns[1]["content"] == '{"unfit": true}'
+    assert "stars: Field required" in turns[2]["content"]
+
+
+def test_all_that_a_row_was_asked_is_in_its_tokens(server: SimulatedServer, ask: Ask) -> None:
+    out = ask(["a [[unfit_first=2]]"])
+    stats = server.stats()
+    assert out["response_prompt_tokens"].tolist() == [stats.prompt_tokens]
+    assert out["response_completion_tokens"].tolist() == [stats.completion_tokens]
+    assert llmframe.last_run().usage.prompt_tokens == stats.prompt_tokens
+
+
+def test_an_answer_that_never_fits_is_invalid_after_two_repairs(server: SimulatedServer, ask: Ask) -> None:
+    out = ask(["a [[unfit_first=9]]"])
+    assert out["response_status"].tolist() == ["invalid"]
+    assert out["response"].tolist() == ['{"unfit": true}']
+    assert "stars: Field required" in out["response_error"][0]
+    assert out["response_stars"].isna().all()
+    assert server.stats().answered == 3
+
+
+def test_a_label_that_is_none_is_asked_again(server: SimulatedServer, ask: Ask) -> None:
+    out = ask(["a [[unfit_first=1]]", "b [[label=other]]"], schema=["good", "bad"])
+    assert out["response_status"].tolist() == ["ok", "invalid"]
+    assert out["response_attempts"].tolist() == [2, 3]
+
+
+def test_a_repaired_answer_is_kept_under_the_request_that_was_meant(
+    server: SimulatedServer, ask: Ask, tmp_path: Path
+) -> None:
+    first = ask(["a [[unfit_first=1]]", "b [[unfit_first=9]]"], checkpoint=tmp_path)
+    again = ask(["a [[unfit_first=1]]", "b [[unfit_first=9]]"], checkpoint=tmp_path)
+    assert server.stats().answered == 2 + 3
+    pd.testing.assert_frame_equal(
+        first.drop(columns="response_source"), again.drop(columns="response_source"), check_exact=True
+    )
+
+
+def test_what_fails_while_it_is_asked_again_keeps_the_answer_that_was_paid_for(
+    server: SimulatedServer, ask: Ask
+) -> None:
+    server.configure(request_burst=1, requests_per_min=1e-6)
+    out = ask(["a [[unfit_first=9]]"], max_attempts=1)
+    assert out["response_status"].tolist() == ["invalid"]
+    assert out["response_prompt_tokens"].tolist() == [server.stats().prompt_tokens]
+
+
+@pytest.mark.parametrize("api", ["chat", "responses"])
+@pytest.mark.parametrize("refused", [["json_schema"], ["json_schema", "json_object"]])
+def test_an_endpoint_that_takes_no_schema_gets_it_in_the_prompt(
+    server: SimulatedServer, ask: Ask, refused: list[str], api: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.configure(refuse_formats=refused)
+    good = json.dumps({"stars": 4, "summary": "fine"})
+    out = ask([f"{n} [[say={good}]]" for n in range(60)], max_concurrency=4, progress=True, api=api)
+    assert out["response_status"].eq("ok").all()
+    assert out["response_stars"].eq(4).all()
+    said = capsys.readouterr().err
+    assert said.count("does not take json_schema") == 1
+    assert said.count("does not take json_object") == len(refused) - 1
+    last = server.requests()[-1].body
+    turn = last["messages" if api == "chat" else "input"][-1]["content"]
+    assert '"stars"' in turn
+    assert "JSON" in turn
+    form = last.get("response_format") or (last.get("text") or {}).get("format") or {}
+    assert form.get("type") == ("json_object" if len(refused) == 1 else None)
+    assert server.stats().failed["400"] <= 4 * len(refused) + 4
+
+
+def test_a_fallback_changes_no_key(server: SimulatedServer, ask: Ask, tmp_path: Path) -> None:
+    good = json.dumps({"stars": 4, "summary": "fine"})
+    texts = [f"{n} [[say={good}]]" for n in range(5)]
+    ask(texts, checkpoint=tmp_path)
+    server.configure(refuse_formats=["json_schema"])
+    assert ask(texts, checkpoint=tmp_path)["response_source"].eq("checkpoint").all()
+
+
+def test_a_bad_request_of_another_kind_is_no_refusal_of_the_schema(server: SimulatedServer, ask: Ask) -> None:
+    out = ask(["a [[status=400]]", "b"])
+    assert out["response_status"].tolist() == ["failed", "ok"]
+    assert all(request.body["response_format"]["type"] == "json_schema" for request in server.requests())
