@@ -63,6 +63,9 @@ class LLMFrame:
             Ask identical requests once.
         max_concurrency, rpm, tpm : optional
             Caps on requests in flight, on requests and on tokens per minute. Learned without them; 1 is sequential.
+        max_cost, max_tokens_total : optional
+            The most this call may spend, in USD or in tokens. Never passed: the worst case of what is in flight is
+            set aside before it is sent. What is not reached is ``pending``.
         prices : dict, optional
             USD per million tokens, ``{"input": 0.15, "output": 0.60}``, where genai-prices does not know the model.
         timeout : float, optional
@@ -91,7 +94,7 @@ class LLMFrame:
         ------
         ConfigurationError, TemplateError, SchemaError, CheckpointError
             Before any request.
-        EndpointError, RowFailed, Interrupted
+        EndpointError, BudgetExceeded, RowFailed, Interrupted
             While it runs; ``.frame`` holds the rows done so far.
 
         Examples

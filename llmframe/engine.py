@@ -15,15 +15,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from llmframe import failures
+from llmframe.budget import Budget, Cost
 from llmframe.endpoint import CONNECT_S, Endpoint, Lost, Reply
-from llmframe.errors import EndpointError
+from llmframe.errors import BudgetExceeded, EndpointError
 from llmframe.failures import Failure, Unreachable
 from llmframe.limits import rate_headers, retry_after_s
 from llmframe.lines import Line
 from llmframe.pacing import Caps
-from llmframe.replies import read_json
+from llmframe.replies import read_json, read_usage
 from llmframe.requests import Form
-from llmframe.results import Completion, after
+from llmframe.results import Completion, Usage, after
 from llmframe.timeouts import Timeout
 
 FIRST_PATIENCE_S = 12.0  # nothing ever answered: most likely the address is wrong, and the user sits waiting
@@ -32,6 +33,7 @@ AHEAD = 2  # requests beyond the window that are made and wait: by them the pace
 GRACE_S = 1.0  # what is in flight is paid for: how long a stopped run waits for it
 ALIKE = 20  # the same refusal of so many first rows, with no answer among them, is the run's failure
 GATEWAY = frozenset({502, 503, 504})  # statuses of whoever stands before a server that is not there
+MAYBE_BILLED = frozenset({408, 504, 524})  # whoever stands before the server gave up waiting; it may have answered
 REFUSALS_A_STRIKE = 3  # of one row, while others are answered: bad luck with a limit, until it has lasted too long
 BYTES_A_TOKEN = 4  # of English; the pacer learns how far that is off
 EXPECTED_TOKENS = 64  # reserved for an answer, until the pacer has learned what requests really take
@@ -112,6 +114,8 @@ class Job:
         Answers that did not fit and were asked again.
     unfit : Completion or None
         The last of them, with what all of them cost.
+    most : Cost or None
+        What the budget has set aside for the attempt.
     """
 
     number: int
@@ -128,6 +132,7 @@ class Job:
     form: Form = "json_schema"
     repairs: int = 0
     unfit: Completion | None = None
+    most: Cost | None = None
 
 
 class Crew:
@@ -151,6 +156,8 @@ class Crew:
         Where the run counts.
     ask : Ask, optional
         What to send once more for an answer that does not fit.
+    budget : Budget, optional
+        What the run may spend.
     """
 
     def __init__(
@@ -163,6 +170,7 @@ class Crew:
         policy: Policy,
         tally: Tally,
         ask: Ask | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._line = line
@@ -173,6 +181,8 @@ class Crew:
         self._policy = policy
         self._tally = tally
         self._ask_again = ask
+        self._budget = budget
+        self._short: deque[asyncio.Future[None]] = deque()  # workers that wait for the budget to get something back
         self._timeout = Timeout(policy.timeout_s)
         self._workers: set[asyncio.Task[None]] = set()
         self._flying: dict[Job, asyncio.Task[None]] = {}  # the oldest first
@@ -194,6 +204,8 @@ class Crew:
         ------
         EndpointError
             The endpoint will not answer any row.
+        BudgetExceeded
+            Nothing is in flight, and the next request could pass the budget.
         """
         self._line.join(self._on_tick)
         try:
@@ -236,6 +248,8 @@ class Crew:
         try:
             while (job := self._take()) is not None:
                 self._hire()
+                if not await self._afford(job):
+                    return
                 await self._line.enter(job.tokens)
                 await self._attempt(job)
         except Exception as error:
@@ -259,6 +273,35 @@ class Crew:
         form: Form = "json_schema" if self._ask_again is None else self._ask_again.form
         return Job(number, body, tokens, answered_before=self._tally.answered, form=form)
 
+    # -- the budget
+
+    async def _afford(self, job: Job) -> bool:
+        """Set aside the most that an attempt can cost; False where it does not fit, and the run ends."""
+        if self._budget is None:
+            return True
+        most = self._budget.bound(job.body)
+        while not self._budget.fits(most):
+            if self._budget.idle:
+                self._stop(BudgetExceeded(self._budget.refusal(most)))
+                return False
+            change: asyncio.Future[None] = self._loop.create_future()
+            self._short.append(change)
+            await change  # what is in flight costs less than its worst case, as a rule
+        self._budget.set_aside(most)
+        job.most = most
+        return True
+
+    def _charge(self, job: Job, reply: Reply | None, payload: Any, outcome: Completion | Failure | None) -> None:
+        """Count what an attempt cost; its worst case where it may have been billed and nobody says how much."""
+        if self._budget is None or job.most is None:
+            return
+        most, job.most = job.most, None
+        self._budget.settle(most, _paid(self._budget, most, reply, payload, outcome))
+        while self._short:
+            waiting = self._short.popleft()
+            if not waiting.done():
+                waiting.set_result(None)
+
     # -- one attempt
 
     async def _attempt(self, job: Job) -> None:
@@ -273,9 +316,11 @@ class Crew:
             reply, payload, outcome = await self._ask(job)
         except BaseException:  # cancelled, or a fault of ours: the line is shared, and has to know
             self._line.release(job.tokens)
+            self._charge(job, None, None, None)
             raise
         finally:
             del self._flying[job]
+        self._charge(job, reply, payload, outcome)
         latency_s = self._loop.time() - job.started
         if reply is not None:
             self._unreached_since = None
@@ -493,3 +538,19 @@ class Crew:
                     "check that the server runs, that base_url= is right, and the network"
                 )
             )
+
+
+def _paid(budget: Budget, most: Cost, reply: Reply | None, payload: Any, outcome: Completion | Failure | None) -> Cost:
+    """Give what an attempt cost, as far as anybody says."""
+    usage: Usage | None = None
+    if isinstance(outcome, Completion):
+        if outcome.prompt_tokens and (outcome.completion_tokens or not outcome.text):
+            usage = Usage(outcome.prompt_tokens, outcome.completion_tokens or 0, outcome.cached_tokens or 0)
+    elif outcome is not None and reply is None:
+        if outcome.kind == "connection":  # nobody took the request
+            return Cost()
+    elif reply is not None and reply.status == 200:  # an answer that could not be used
+        usage = read_usage(payload)
+    elif reply is not None and reply.status not in MAYBE_BILLED:
+        return Cost()
+    return most if usage is None else Cost.of(usage, budget.bound.price)

@@ -43,7 +43,7 @@ def complete(messages: Iterable[Any], **keywords: Any) -> list[Completion]:
         A message array that is none; nothing was sent.
     ConfigurationError, SchemaError, CheckpointError
         Before any request.
-    EndpointError, RowFailed, Interrupted
+    EndpointError, BudgetExceeded, RowFailed, Interrupted
         While it runs; ``.completions`` holds the answers so far.
 
     Examples

@@ -49,6 +49,8 @@ class Options:
     max_concurrency: int | None
     rpm: float | None
     tpm: float | None
+    max_cost: float | None
+    max_tokens_total: int | None
     prices: Mapping[str, float] | None
     timeout: float | None
     max_attempts: int
@@ -82,7 +84,9 @@ class Options:
         _check_count("max_attempts", self.max_attempts)
         if self.max_concurrency is not None:
             _check_count("max_concurrency", self.max_concurrency)
-        for name in ("rpm", "tpm", "timeout"):
+        if self.max_tokens_total is not None:
+            _check_count("max_tokens_total", self.max_tokens_total)
+        for name in ("rpm", "tpm", "max_cost", "timeout"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not _is_number(value) or not 0 < value < float("inf")):
                 raise ConfigurationError(f"{name}={value!r} has to be a number above 0")
@@ -113,6 +117,8 @@ def call_options(
     max_concurrency: int | None = None,
     rpm: float | None = None,
     tpm: float | None = None,
+    max_cost: float | None = None,
+    max_tokens_total: int | None = None,
     prices: Mapping[str, float] | None = None,
     timeout: float | None = None,
     max_attempts: int = 8,
@@ -144,11 +150,7 @@ FRAME_ONLY = (
     "where",
     "na",
 )  # what a list of message arrays has no use for
-LATER = (
-    "images",
-    "max_cost",
-    "max_tokens_total",
-)  # designed and not built: never to reach the API as its own
+LATER = ("images",)  # designed and not built: never to reach the API as its own
 
 _configured: dict[str, Any] = {}
 

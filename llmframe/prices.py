@@ -13,6 +13,8 @@ from typing import Any
 from llmframe.errors import ConfigurationError
 from llmframe.results import Usage
 
+STANDARD_TIERS = (None, "auto", "default")
+
 PriceOf = Callable[[Usage], float]
 """The USD that a usage costs."""
 
@@ -59,18 +61,27 @@ def read_prices(prices: Mapping[str, float]) -> Prices:
     return Prices(float(prices["input"]), float(prices["output"]), float(prices.get("cached", prices["input"])))
 
 
-def known_prices(model: str, base_url: str) -> PriceOf | None:
+def known_prices(model: str, base_url: str, service_tier: object = None) -> PriceOf | None:
     """Find a model's prices in genai-prices.
+
+    Parameters
+    ----------
+    model, base_url : str
+        The model, and the endpoint whose prices hold.
+    service_tier : str, optional
+        As the API takes it.
 
     Returns
     -------
     callable or None
-        None where the library is not installed or does not know the model at this endpoint.
+        None where the library is not installed or does not know the model at this endpoint, or not in this tier.
     """
     try:
         import genai_prices
     except ImportError:
         return None
+
+    context: Any = {} if service_tier in STANDARD_TIERS else {"price_context": {"service_tier": service_tier}}
 
     def price(usage: Usage) -> Any:
         counted = genai_prices.Usage(
@@ -78,11 +89,11 @@ def known_prices(model: str, base_url: str) -> PriceOf | None:
             output_tokens=usage.completion_tokens,
             cache_read_tokens=usage.cached_tokens,
         )
-        return genai_prices.calc_price(counted, model, provider_api_url=base_url)
+        return genai_prices.calc_price(counted, model, provider_api_url=base_url, **context)
 
     try:
         rates = price(Usage(1, 1)).model_price
-    except LookupError:
+    except (LookupError, TypeError):  # its first versions know no tiers
         return None
     fresh, output = rates.input_mtok, rates.output_mtok
     cached = fresh if rates.cache_read_mtok is None else rates.cache_read_mtok

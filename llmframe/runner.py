@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from llmframe import answers, endpoint, loops
 from llmframe.asking import Asking
+from llmframe.budget import Bound, Budget, most_completion_tokens
 from llmframe.checkpoint import OTHER_ROWS, Checkpoint, Origin
 from llmframe.endpoint import Endpoint, Extras
 from llmframe.engine import Crew, Policy
@@ -28,7 +29,7 @@ from llmframe.notices import say, warn
 from llmframe.options import Options
 from llmframe.outcomes import Outcomes
 from llmframe.pacing import Caps
-from llmframe.planning import check_columns, make_plan, rows_of, select
+from llmframe.planning import Plan, check_columns, make_plan, rows_of, select
 from llmframe.prices import PriceOf, known_prices, read_prices
 from llmframe.progress import Bar
 from llmframe.prompts import Missing, Prompts
@@ -65,6 +66,19 @@ def last_run() -> Run:
 
 
 @dataclass(frozen=True, slots=True)
+class Call:
+    """A call whose checks are done: what each of its rows sends, where to, and what that costs."""
+
+    schema: Schema | None
+    endpoint: Endpoint
+    requests: Requests
+    plan: Plan
+    params: Mapping[str, Any]
+    price: PriceOf | None
+    budget: Budget | None
+
+
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """A run that is ready to start: all checks are done, and nothing was asked."""
 
@@ -74,6 +88,7 @@ class Prepared:
     endpoint: Endpoint
     policy: Policy
     price: PriceOf | None
+    budget: Budget | None
     checkpoint: Checkpoint | None
 
     @property
@@ -124,6 +139,48 @@ def prepare(prompts: Prompts, options: Options) -> Prepared:
         The call cannot be made as it was written.
     """
     global _last
+    call = plan_call(prompts, options)
+    target, requests = call.endpoint, call.requests
+    assert options.model is not None
+    state = State(prompts.frame, options, call.schema, call.plan, Outcomes(len(call.plan.keys)), prompts=prompts)
+    checkpoint = None
+    if options.checkpoint is not None:
+        origin = Origin(
+            endpoint=target.identity,
+            api=options.api,
+            model=options.model,
+            template=prompts.description,
+            parameters=requests.parameters,
+        )
+        checkpoint = Checkpoint.open(options.checkpoint, origin)
+    prepared = Prepared(
+        state=state,
+        prompts=prompts,
+        requests=requests,
+        endpoint=target,
+        policy=Policy(Caps(options.max_concurrency, options.rpm, options.tpm), options.max_attempts, options.timeout),
+        price=call.price,
+        budget=call.budget,
+        checkpoint=checkpoint,
+    )
+    try:
+        _recall(prepared)
+    except BaseException:
+        if checkpoint is not None:
+            checkpoint.close()
+        raise
+    _last = Run(state)
+    return prepared
+
+
+def plan_call(prompts: Prompts, options: Options) -> Call:
+    """Check a call and plan it; nothing is asked, and no checkpoint is touched.
+
+    Raises
+    ------
+    ConfigurationError, TemplateError, SchemaError
+        The call cannot be made as it was written.
+    """
     if options.model is None:
         raise ConfigurationError(
             "no model: pass model=, set it with llmframe.configure(model=...) or LLMFRAME_MODEL; "
@@ -151,7 +208,8 @@ def prepare(prompts: Prompts, options: Options) -> Prepared:
     if target.bound and loops.in_running_loop():
         loops.let_callers_loop_nest()
     if price is None and options.model != LOCAL:
-        price = known_prices(options.model, target.url)
+        price = known_prices(options.model, target.url, params.get("service_tier"))
+    budget = _budget(options, params, price)
     requests = Requests(
         target.identity,
         options.model,
@@ -161,34 +219,22 @@ def prepare(prompts: Prompts, options: Options) -> Prepared:
         options.api,
     )
     plan = make_plan(prompts, requests, selected, dedupe=options.dedupe)
-    state = State(prompts.frame, options, schema, plan, Outcomes(len(plan.keys)), prompts=prompts)
-    checkpoint = None
-    if options.checkpoint is not None:
-        origin = Origin(
-            endpoint=target.identity,
-            api=options.api,
-            model=options.model,
-            template=prompts.description,
-            parameters=requests.parameters,
+    return Call(schema, target, requests, plan, params, price, budget)
+
+
+def _budget(options: Options, params: Mapping[str, Any], price: PriceOf | None) -> Budget | None:
+    if options.max_cost is None and options.max_tokens_total is None:
+        return None
+    assert options.model is not None
+    if options.max_cost is not None and price is None:
+        raise ConfigurationError(
+            f"max_cost= needs a price, and none is known for {options.model!r} here (genai-prices, of the extra "
+            "'cost', knows most at their own endpoints); pass prices={'input': ..., 'output': ...} in USD per million "
+            "tokens, or max_tokens_total="
         )
-        checkpoint = Checkpoint.open(options.checkpoint, origin)
-    prepared = Prepared(
-        state=state,
-        prompts=prompts,
-        requests=requests,
-        endpoint=target,
-        policy=Policy(Caps(options.max_concurrency, options.rpm, options.tpm), options.max_attempts, options.timeout),
-        price=price,
-        checkpoint=checkpoint,
-    )
-    try:
-        _recall(prepared)
-    except BaseException:
-        if checkpoint is not None:
-            checkpoint.close()
-        raise
-    _last = Run(state)
-    return prepared
+    keyword = "max_cost" if options.max_cost is not None else "max_tokens_total"
+    bound = Bound(most_completion_tokens(options.model, params, keyword), price)
+    return Budget(bound=bound, max_usd=options.max_cost, max_tokens=options.max_tokens_total)
 
 
 def _recall(prepared: Prepared) -> None:
@@ -275,6 +321,7 @@ async def _ask(prepared: Prepared, asked: npt.NDArray[np.intp]) -> None:
         policy=prepared.policy,
         tally=state.tally,
         ask=None if state.schema is None else asking_again,
+        budget=prepared.budget,
     )
     asking = asyncio.create_task(crew.run())
     saving = asyncio.create_task(_save(prepared.checkpoint)) if prepared.checkpoint is not None else None
