@@ -18,6 +18,7 @@ from llmframe.errors import (
     SchemaError,
     TemplateError,
 )
+from llmframe.estimate import Estimate
 from llmframe.lists import acomplete, complete
 from llmframe.options import configure
 from llmframe.report import Run
@@ -30,6 +31,7 @@ __all__ = [
     "Completion",
     "ConfigurationError",
     "EndpointError",
+    "Estimate",
     "Interrupted",
     "LLMFrame",
     "LLMFrameError",

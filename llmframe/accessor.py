@@ -11,6 +11,7 @@ import pandas as pd
 
 from llmframe import runner
 from llmframe.errors import ConfigurationError, TemplateError
+from llmframe.estimate import Estimate, estimate
 from llmframe.options import Options, call_options, gather, method_takes_options
 from llmframe.planning import select
 from llmframe.prompts import Missing, Prompt, Prompts
@@ -145,6 +146,37 @@ class LLMFrame:
         made = [None if isinstance(one, Missing) else one for one in prompts.render(wanted=selected)]
         cells = [one if chosen else None for one, chosen in zip(made, selected.tolist(), strict=True)]
         return pd.Series(typed(cells, object), index=self._frame.index, name="messages")
+
+    @method_takes_options(call_options)
+    def estimate(self, prompt: Prompt, *, sample: int | None = None, **keywords: Any) -> Estimate:
+        r"""Estimate what `complete` would ask and cost; nothing is sent, and the checkpoint is only read.
+
+        Parameters
+        ----------
+        prompt
+            As for `complete`, with its keywords. No key is needed.
+        sample : int, optional
+            Ask so many rows for real, spread over the frame, and take the length of the others' answers from theirs.
+            It needs ``checkpoint=``, which keeps them: `complete` does not ask them again.
+
+        Returns
+        -------
+        Estimate
+            ``rows``, ``skipped``, ``requests`` (distinct, still to ask), ``from_checkpoint``, ``prompt_tokens``,
+            ``completion_tokens`` and ``cost_usd`` (None where unknown), and what each was taken from.
+
+        Raises
+        ------
+        ConfigurationError, TemplateError, SchemaError, CheckpointError
+            As `complete` would, before any request.
+
+        Examples
+        --------
+        >>> made = df.llm.estimate("Translate to French: {text}", model="gpt-4o-mini", max_tokens=50)
+        >>> made.requests, made.prompt_tokens, made.completion_tokens, round(made.cost_usd, 6)
+        (2, 26, 100, 6.4e-05)
+        """
+        return estimate(*self._call(prompt, keywords), sample=sample)
 
     def _call(self, prompt: Prompt, keywords: dict[str, Any]) -> tuple[Prompts, Options]:
         options = gather(keywords)

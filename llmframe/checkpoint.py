@@ -76,7 +76,34 @@ class Checkpoint:
         CheckpointError
             If it is not a directory, cannot be written, or holds a part of a newer format.
         """
-        return cls(storage_at(path), os.fspath(path), origin.well_formed(), index)
+        checkpoint = cls(storage_at(path), os.fspath(path), origin.well_formed(), index)
+        checkpoint._claim()
+        return checkpoint
+
+    @classmethod
+    def look(cls, path: str | os.PathLike[str]) -> Checkpoint | None:
+        """Open the checkpoint at a directory or an fsspec URL to `find` in it: nothing is made, locked or written.
+
+        Returns
+        -------
+        Checkpoint or None
+            None where there is none.
+
+        Raises
+        ------
+        CheckpointError
+            If it is not a directory, cannot be read, or holds a part of a newer format.
+        """
+        storage, where = storage_at(path), os.fspath(path)
+        try:
+            storage.parts()
+        except FileNotFoundError:
+            return None
+        except NotADirectoryError as error:
+            raise _no_directory(where) from error
+        except OSError as error:
+            raise CheckpointError(f"the checkpoint {where} cannot be listed: {_reason(error)}; try again") from error
+        return cls(storage, where, Origin("", "", "", "", ""), None)
 
     def __init__(self, storage: Storage, where: str, origin: Origin, index: Index | None) -> None:
         self._storage = storage
@@ -96,20 +123,25 @@ class Checkpoint:
         self._unmergeable: set[str] = set()
         self._held: int | None = None
         self._parts = _Parts(storage, where)
+
+    def _claim(self) -> None:
+        """Make the directory ours to write to, and see that its parts can be read."""
         try:
-            storage.claim(self._writer)
+            self._storage.claim(self._writer)
         except (FileExistsError, NotADirectoryError) as error:
-            raise CheckpointError(f"{where} is not a directory, and a checkpoint is one: name another path") from error
+            raise CheckpointError(
+                f"{self._where} is not a directory, and a checkpoint is one: name another path"
+            ) from error
         except OSError as error:
             raise CheckpointError(
-                f"the checkpoint {where} cannot be written: {_reason(error)}; name a directory that can be"
+                f"the checkpoint {self._where} cannot be written: {_reason(error)}; name a directory that can be"
             ) from error
         try:
             names = [name for name, _ in self._parts.read(lambda part: part.origins)]
             if len(names) > CROWD:
                 self._merge_dead()
         except BaseException:
-            storage.release()
+            self._storage.release()
             raise
 
     @property
@@ -562,6 +594,10 @@ def _frame(table: pa.Table, origins: Sequence[Origin]) -> pd.DataFrame:
         name = "asked_model" if field.name == "model" else field.name
         frame[name] = pd.Categorical.from_codes(places[codes], categories=categories)
     return frame
+
+
+def _no_directory(where: str) -> CheckpointError:
+    return CheckpointError(f"{where} is not a directory, and a checkpoint is one: name another path")
 
 
 def _reason(error: OSError) -> str:

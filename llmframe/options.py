@@ -81,11 +81,11 @@ class Options:
             raise ConfigurationError("n= gives several answers, and history= goes on with one; leave one of them out")
         if self.checkpoint is not None and not isinstance(self.checkpoint, str | os.PathLike):
             raise ConfigurationError(f"checkpoint={self.checkpoint!r} is no directory; pass a path or an fsspec URL")
-        _check_count("max_attempts", self.max_attempts)
+        check_count("max_attempts", self.max_attempts)
         if self.max_concurrency is not None:
-            _check_count("max_concurrency", self.max_concurrency)
+            check_count("max_concurrency", self.max_concurrency)
         if self.max_tokens_total is not None:
-            _check_count("max_tokens_total", self.max_tokens_total)
+            check_count("max_tokens_total", self.max_tokens_total)
         for name in ("rpm", "tpm", "max_cost", "timeout"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not _is_number(value) or not 0 < value < float("inf")):
@@ -228,7 +228,8 @@ def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ConfigurationError(f"{name}={value!r} is not known; it is one of {', '.join(map(repr, choices))}")
 
 
-def _check_count(name: str, value: Any) -> None:
+def check_count(name: str, value: Any) -> None:
+    """Refuse what is no whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ConfigurationError(f"{name}={value!r} has to be a whole number of at least 1")
 

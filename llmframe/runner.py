@@ -254,7 +254,7 @@ def _recall(prepared: Prepared) -> None:
     found = 0
     if not state.options.refresh:
         for number, completion in checkpoint.find(state.plan.keys):
-            kept = _reread(completion, state.schema)
+            kept = reread(completion, state.schema)
             if kept is None or (kept.text is None and kept.status != "ok" and state.options.where == "missing"):
                 continue  # a refusal is kept as what it is, until a call asks for what has no answer
             state.outcomes.put(number, kept)
@@ -272,7 +272,7 @@ def _recall(prepared: Prepared) -> None:
             warn(f"0 of {checkpoint.held:,} answers in {where} fit: {why}; asking {total:,}")
 
 
-def _reread(completion: Completion, schema: Schema | None) -> Completion | None:
+def reread(completion: Completion, schema: Schema | None) -> Completion | None:
     """Read a kept answer by the schema again, since what it reads is not kept; None where it does not fit."""
     if schema is None or completion.text is None or completion.status != "ok":
         return completion

@@ -6,9 +6,11 @@ The same behaviour and the same request give the same answer and the same fault,
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import math
 import re
+import warnings
 import zlib
 from array import array
 from collections.abc import Mapping, Sequence
@@ -105,6 +107,8 @@ class Behaviour:
         What the model thought, told as `reasoning_by` says.
     reasoning_by : {"reasoning_content", "reasoning", "think"}
         In which field, or in tags before the text.
+    vocabulary : str or None
+        Counts tokens by this vocabulary (`o200k_base`, `cl100k_base`) and OpenAI's chat format; None is by length.
     log : bool
         Keep the newest requests for `requests()`; a benchmark can do without.
     """
@@ -144,6 +148,7 @@ class Behaviour:
     refuse_formats: Sequence[str] = ()
     reasoning: str | None = None
     reasoning_by: Literal["reasoning_content", "reasoning", "think"] = "reasoning_content"
+    vocabulary: str | None = None
     log: bool = True
 
     def __post_init__(self) -> None:
@@ -267,6 +272,29 @@ def count_prompt_tokens(messages: Sequence[Mapping[str, Any]]) -> int:
     return sum(count_tokens(text_of(message.get("content"))) + 3 for message in messages)
 
 
+def count_chat_tokens(messages: Sequence[Mapping[str, Any]], vocabulary: str) -> int:
+    """Count a prompt's tokens as OpenAI's API does: its cookbook, "How to count tokens with tiktoken"."""
+    encoding = encoding_of(vocabulary)
+    num_tokens = 3  # every reply is primed with <|start|>assistant<|message|>
+    for message in messages:
+        num_tokens += 3
+        num_tokens += len(encoding.encode_ordinary(message["role"]))
+        num_tokens += len(encoding.encode_ordinary(text_of(message.get("content"))))
+        if "name" in message:
+            num_tokens += len(encoding.encode_ordinary(message["name"])) + 1
+    return num_tokens
+
+
+@functools.cache
+def encoding_of(vocabulary: str) -> Any:
+    """Load a vocabulary, from the package that has it on disk."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import bpe_openai
+
+        return bpe_openai.get_encoding(vocabulary)
+
+
 def text_of(content: object) -> str:
     """Read a message's text: a string, or the text parts of a list."""
     if isinstance(content, str):
@@ -370,7 +398,8 @@ def chat_answer(request: Mapping[str, Any], behaviour: Behaviour, directives: Ma
             message["tool_calls"] = calls
         choices.append({"index": index, "message": message, "logprobs": None, "finish_reason": finish})
         completion_tokens += count_tokens(content or refusal or "")
-    prompt_tokens = count_prompt_tokens(request["messages"])
+    vocabulary, messages = behaviour.vocabulary, request["messages"]
+    prompt_tokens = count_prompt_tokens(messages) if vocabulary is None else count_chat_tokens(messages, vocabulary)
     body = {
         "id": "",
         "object": "chat.completion",

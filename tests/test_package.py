@@ -46,6 +46,7 @@ def test_what_is_public_is_pinned() -> None:
         "Completion",
         "ConfigurationError",
         "EndpointError",
+        "Estimate",
         "Interrupted",
         "LLMFrame",
         "LLMFrameError",

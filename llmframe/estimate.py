@@ -1,0 +1,250 @@
+"""The estimate: what a call would ask and cost, before it is made.
+
+Nothing is sent, but for a sample that is asked for, and nothing is written: a checkpoint is searched as it lies there.
+What is not known is None, and what a figure was taken from is said beside it.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llmframe import runner
+from llmframe.budget import ANSWER_LIMITS
+from llmframe.checkpoint import Checkpoint
+from llmframe.errors import ConfigurationError
+from llmframe.options import Options, check_count
+from llmframe.planning import Plan
+from llmframe.prices import PriceOf
+from llmframe.prompts import Missing, Prompts
+from llmframe.results import Completion, Usage
+from llmframe.tokens import Counter, counter_for
+
+ENOUGH = 20  # answers whose mean says more of the others than a limit does
+BATCH_SHARE = 0.5  # of the price, which OpenAI's and Azure's Batch APIs take
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a call would ask and cost.
+
+    Attributes
+    ----------
+    rows : int
+        Of the frame.
+    skipped : int
+        Rows that would send nothing: a missing value in a used column, or left out by ``where=``.
+    requests : int
+        Distinct requests still to be asked.
+    from_checkpoint : int
+        Distinct requests whose answers are in the checkpoint, and cost nothing.
+    prompt_tokens, completion_tokens : int, int or None
+        Of the requests still to be asked; None where nothing says how long an answer gets.
+    cost_usd : float or None
+        Of the same; None where the price or the length of an answer is unknown.
+    prompt_cost_usd : float or None
+        The part of it that the prompts take, without any discount for cached tokens.
+    prompts_by, completions_by, price_by : str
+        What the figures were taken from.
+    """
+
+    rows: int
+    skipped: int
+    requests: int
+    from_checkpoint: int
+    prompt_tokens: int
+    completion_tokens: int | None
+    cost_usd: float | None
+    prompt_cost_usd: float | None
+    prompts_by: str
+    completions_by: str
+    price_by: str
+
+    @property
+    def batch_cost_usd(self) -> float | None:
+        """The USD of the same through a Batch API at half the price, as OpenAI's and Azure's are."""
+        return None if self.cost_usd is None else self.cost_usd * BATCH_SHARE
+
+    def __repr__(self) -> str:
+        width = max(len(name) for name, _, _ in self._lines())
+        lines = [f"{name:<{width}}  {value:>14}  {by}".rstrip() for name, value, by in self._lines()]
+        return "\n".join(["<Estimate: nothing was sent", *(f"  {line}" for line in lines)]) + ">"
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><th style='text-align:left;font-weight:normal'>{html.escape(name)}</th>"
+            f"<td style='text-align:right'>{html.escape(value)}</td>"
+            f"<td style='text-align:left;opacity:.7'>{html.escape(by)}</td></tr>"
+            for name, value, by in self._lines()
+        )
+        # No colour of its own: it is read on whatever the notebook's theme has.
+        caption = "<caption style='text-align:left'>Estimate: nothing was sent</caption>"
+        return f"<table>{caption}<tbody>{cells}</tbody></table>"
+
+    def _lines(self) -> list[tuple[str, str, str]]:
+        return [
+            ("rows", f"{self.rows:,}", ""),
+            ("skipped", f"{self.skipped:,}", ""),
+            ("in the checkpoint", f"{self.from_checkpoint:,}", "distinct requests; they cost nothing"),
+            ("to ask", f"{self.requests:,}", "distinct requests"),
+            ("prompt tokens", f"{self.prompt_tokens:,}", self.prompts_by),
+            ("completion tokens", _shown(self.completion_tokens, "{:,}"), self.completions_by),
+            ("cost", _shown(self.cost_usd, "{:,.4f} USD"), self.price_by),
+            ("of it the prompts", _shown(self.prompt_cost_usd, "{:,.4f} USD"), ""),
+            ("as a batch", _shown(self.batch_cost_usd, "{:,.4f} USD"), "where the provider's Batch API takes half"),
+        ]
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "unknown" if value is None else form.format(value)
+
+
+def estimate(prompts: Prompts, options: Options, sample: int | None = None) -> Estimate:
+    """Estimate a call; see `LLMFrame.estimate`."""
+    if sample is None:
+        return _look(prompts, options, ENOUGH).estimate
+    check_count("sample", sample)
+    if options.checkpoint is None:
+        raise ConfigurationError("sample= asks rows for real; pass checkpoint= to keep their answers for the call")
+    first = _look(prompts, options, ENOUGH)
+    positions = first.ask_first(sample)
+    if len(positions):
+        mask = np.zeros(len(prompts), dtype=bool)
+        mask[positions] = True
+        runner.complete(prompts, replace(options, where=mask))
+    return _look(prompts, options, min(sample, ENOUGH)).estimate
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Look:
+    """An estimate, and where the requests stand that it is of."""
+
+    estimate: Estimate
+    positions: npt.NDArray[np.intp]
+
+    def ask_first(self, count: int) -> npt.NDArray[np.intp]:
+        """Choose some rows to ask, spread over the whole: the first of a frame are seldom like the rest."""
+        places = np.linspace(0, len(self.positions) - 1, min(count, len(self.positions)))
+        return self.positions[np.unique(places.astype(np.intp))]
+
+
+def _look(prompts: Prompts, options: Options, enough: int) -> _Look:
+    call = runner.plan_call(prompts, options if options.client is not None else _keyless(options))
+    assert options.model is not None
+    kept = {} if options.checkpoint is None or options.refresh else _kept(options, call.plan, call.schema)
+    counter = counter_for(options.model)
+    counted = _count(prompts, call.plan, counter)
+    asked = [number for number in range(len(counted)) if number not in kept]
+    unseen = _unseen(call.schema, call.params)
+    prompt_tokens, prompts_by = _prompt_tokens(counted, kept, asked, counter, unseen, enough)
+    mean, completions_by = _completion_tokens(kept, call.params, enough)
+    completion_tokens = None if mean is None else round(mean * len(asked))
+    if not asked:
+        completion_tokens, completions_by = 0, "nothing to ask"
+    made = Estimate(
+        rows=len(prompts),
+        skipped=int((call.plan.request_of < 0).sum()),
+        requests=len(asked),
+        from_checkpoint=len(kept),
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        cost_usd=_cost(call.price, len(asked), prompt_tokens, completion_tokens),
+        prompt_cost_usd=_cost(call.price, len(asked), prompt_tokens, 0),
+        prompts_by=prompts_by,
+        completions_by=completions_by,
+        price_by=_price_by(options, call.price),
+    )
+    return _Look(made, call.plan.first[asked])
+
+
+def _keyless(options: Options) -> Options:
+    """Let a call be estimated before its owner has a key: none is sent anywhere."""
+    given = options.api_key is not None or os.environ.get("OPENAI_API_KEY") or options.model == runner.LOCAL
+    return options if given else replace(options, api_key="none is needed to estimate")
+
+
+def _kept(options: Options, plan: Plan, schema: Any) -> Mapping[int, Completion]:
+    assert options.checkpoint is not None
+    found: dict[int, Completion] = {}
+    checkpoint = Checkpoint.look(options.checkpoint)
+    for number, completion in () if checkpoint is None else checkpoint.find(plan.keys):
+        kept = runner.reread(completion, schema)
+        if kept is not None and not (kept.text is None and kept.status != "ok" and options.where == "missing"):
+            found[number] = kept
+    return found
+
+
+def _count(prompts: Prompts, plan: Plan, counter: Counter) -> list[int]:
+    counted = []
+    for messages in prompts.render(plan.first):
+        assert not isinstance(messages, Missing)
+        counted.append(counter.prompt(messages))
+    return counted
+
+
+def _unseen(schema: Any, params: Mapping[str, Any]) -> list[str]:
+    """Name what a prompt's tokens hold besides its messages."""
+    return [
+        *(["the schema"] if schema is not None else []),
+        *(name for name in ("tools", "functions", "response_format") if params.get(name)),
+    ]
+
+
+def _prompt_tokens(
+    counted: list[int],
+    kept: Mapping[int, Completion],
+    asked: list[int],
+    counter: Counter,
+    unseen: list[str],
+    enough: int,
+) -> tuple[int, str]:
+    """Give the tokens of the prompts to be asked, and by what: the endpoint's own count of others corrects ours."""
+    total = sum(counted[number] for number in asked)
+    said = [(counted[number], each.prompt_tokens) for number, each in kept.items() if each.prompt_tokens]
+    if len(said) >= enough and not (counter.known and not unseen):
+        total = round(total * sum(theirs for _, theirs in said) / sum(ours for ours, _ in said))
+        return total, f"{counter.how}; corrected by the usage of {len(said):,} answers in the checkpoint"
+    left_out = f"; {', '.join(unseen)} not counted" if unseen else ""
+    return total, f"{counter.how}{left_out}"
+
+
+def _completion_tokens(
+    kept: Mapping[int, Completion], params: Mapping[str, Any], enough: int
+) -> tuple[float | None, str]:
+    """Give the tokens of one request's answers, and by what."""
+    said = [each.completion_tokens for each in kept.values() if each.completion_tokens is not None]
+    if len(said) >= enough:
+        return sum(said) / len(said), f"the mean of {len(said):,} answers in the checkpoint"
+    count = params.get("n")
+    choices = count if isinstance(count, int) and count > 1 else 1
+    for name in ANSWER_LIMITS:
+        limit = params.get(name)
+        if isinstance(limit, int) and not isinstance(limit, bool):
+            return float(limit * choices), f"{name}=, so at most"
+    return None, f"pass max_tokens=, or sample={ENOUGH} with checkpoint= to ask so many rows"
+
+
+def _cost(price: PriceOf | None, requests: int, prompt_tokens: int, completion_tokens: int | None) -> float | None:
+    """Price the requests at their mean: a price may depend on the length of a prompt."""
+    if not requests:
+        return 0.0
+    if price is None or completion_tokens is None:
+        return None
+    # Whole tokens a request, since a usage has no others; the rest is spread one by one.
+    share, more = divmod(prompt_tokens, requests)
+    answer, longer = divmod(completion_tokens, requests)
+    sizes = [(min(more, longer), 1, 1), (max(0, more - longer), 1, 0), (max(0, longer - more), 0, 1)]
+    sizes.append((requests - max(more, longer), 0, 0))
+    return sum(count * price(Usage(share + a, answer + b)) for count, a, b in sizes)
+
+
+def _price_by(options: Options, price: PriceOf | None) -> str:
+    if price is None:
+        return "no price is known; pass prices={'input': ..., 'output': ...}"
+    return "prices=" if options.prices is not None else "genai-prices"
