@@ -9,6 +9,7 @@ from typing import Any
 
 from llmframe.messages import well_formed
 from llmframe.prices import PriceOf
+from llmframe.repair import json_text
 from llmframe.replies import Said, as_text, item, read_choices, read_output, read_usage
 from llmframe.requests import Api
 from llmframe.results import STATUSES, Completion, Status
@@ -118,6 +119,6 @@ def _read(said: Said, schema: Schema | None) -> tuple[str | None, Any, Status, s
     if schema is None:
         return content, None, "ok", None
     try:
-        return content, schema.read(content), "ok", None
+        return json_text(content), schema.read(content), "ok", None
     except Unfit as error:
         return content, None, "invalid", str(error)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from llmframe.errors import ConfigurationError
+from llmframe.errors import ConfigurationError, SchemaError
 from llmframe.messages import kind
 from llmframe.options import Options
 from llmframe.prompts import Missing, Prompts
@@ -96,10 +96,20 @@ def check_columns(
 
     Raises
     ------
+    SchemaError
+        Two properties that would have one column.
     ConfigurationError
         An output column exists and no ``where=`` says which rows to fill, or holds values of another kind.
     """
     dtypes = output_dtypes(options, schema)
+    names: dict[str, str] = {}
+    for name in () if schema is None else schema.columns:
+        column = property_column(options.output, name)
+        if column in names:
+            raise SchemaError(
+                f"the properties {names[column]!r} and {name!r} would both be the column {column!r}; rename one"
+            )
+        names[column] = name
     if options.history in dtypes:
         raise ConfigurationError(f"history={options.history!r} is one of the columns to be written; name another")
     existing = [name for name in dtypes if name in frame.columns]

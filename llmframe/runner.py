@@ -35,7 +35,7 @@ from llmframe.progress import Bar
 from llmframe.prompts import Missing, Prompts
 from llmframe.report import Run
 from llmframe.requests import Requests
-from llmframe.results import PAID, Completion, Usage
+from llmframe.results import PAID, Completion, Usage, property_column
 from llmframe.schemas import Schema, Unfit, read_schema
 from llmframe.state import State
 
@@ -195,6 +195,12 @@ def plan_call(prompts: Prompts, options: Options) -> Call:
         raise ConfigurationError("n= gives a list of answers, and a schema with properties needs one; leave n= out")
     selected = select(prompts.frame, options)
     check_columns(prompts.frame, options, schema, selected)
+    for name in () if schema is None else schema.columns:
+        if (column := property_column(options.output, name)) != f"{options.output}_{name}":
+            words = (
+                f"the property {name!r} is in column {column!r}: without the underscore it is a column of llmframe's"
+            )
+            say(words, quiet=options.progress is False, once=True)
     price: PriceOf | None = None if options.prices is None else read_prices(options.prices)
     params, extras = _split_extras(options.params)
     target = endpoint.resolve(

@@ -49,6 +49,9 @@ def read_schema(schema: Any, output: str = PROPERTY) -> Schema | None:
     if isinstance(schema, type) and issubclass(schema, pydantic.BaseModel):
         return of_model(schema)
     if isinstance(schema, Mapping):
+        own = schema.get("json_schema", schema)
+        if isinstance(own, Mapping) and isinstance(own.get("schema"), Mapping) and "properties" not in own:
+            raise SchemaError("schema= is a response_format and not a JSON schema; pass what is under its 'schema' key")
         return of_json_schema(schema)
     if isinstance(schema, str | bytes) or not isinstance(schema, Sequence | np.ndarray):
         raise SchemaError(

@@ -117,6 +117,38 @@ def test_a_fallback_changes_no_key(server: SimulatedServer, ask: Ask, tmp_path: 
     assert ask(texts, checkpoint=tmp_path)["response_source"].eq("checkpoint").all()
 
 
+def test_a_property_named_like_a_column_of_ours_gets_an_underscore_and_it_is_said_once(
+    ask: Ask, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schema = {"type": "object", "properties": {"model": {"type": "string"}}, "required": ["model"]}
+    for _ in range(2):
+        out = ask(["a"], schema=schema, progress=True)
+    assert out["response_model_"].tolist() == ["echo: a"]
+    assert out["response_model"].tolist() == ["m"]
+    assert capsys.readouterr().err.count("the property 'model' is in column 'response_model_'") == 1
+
+
+def test_two_properties_with_one_column_are_refused_before_asking(server: SimulatedServer, ask: Ask) -> None:
+    schema = {"type": "object", "properties": {"status": {"type": "string"}, "status_": {"type": "string"}}}
+    with pytest.raises(llmframe.SchemaError, match="'status' and 'status_' would both"):
+        ask(["a"], schema=schema)
+    assert server.stats().received == 0
+
+
+def test_the_answer_is_json_also_where_it_came_in_a_fence(ask: Ask) -> None:
+    fenced = '```json\n{"stars": 4, "summary": "fine",}\n```'
+    out = ask([f"[[say={fenced}]]"])
+    assert json.loads(out["response"][0]) == {"stars": 4, "summary": "fine"}
+    assert out["response_attempts"].tolist() == [1]
+
+
+def test_json_that_was_cut_is_truncated_and_not_asked_again(server: SimulatedServer, ask: Ask) -> None:
+    out = ask(["a"], max_tokens=3)
+    assert out["response_status"].tolist() == ["truncated"]
+    assert out["response_stars"].isna().all()
+    assert server.stats().answered == 1
+
+
 def test_a_bad_request_of_another_kind_is_no_refusal_of_the_schema(server: SimulatedServer, ask: Ask) -> None:
     out = ask(["a [[status=400]]", "b"])
     assert out["response_status"].tolist() == ["failed", "ok"]

@@ -196,6 +196,8 @@ def test_the_columns_and_their_types_follow_from_the_call_alone() -> None:
         "a_model": text,
         "a_source": pd.CategoricalDtype(["request", "checkpoint", "duplicate"]),
         "a_request_id": text,
+        "a_tool_calls": text,
+        "a_reasoning": text,
     }
     assert output_dtypes(call_options(output="a"), None) == plain
     made = output_dtypes(call_options(output="a", details=True), None)
