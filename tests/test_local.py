@@ -20,9 +20,10 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
+import pydantic
 import pytest
 
 from llmframe import ConfigurationError, LLMFrame, local
@@ -432,3 +433,26 @@ def test_the_embedded_model_labels_a_frame(url: str) -> None:
     out = LLMFrame(frame).complete("{review}", schema=["good", "bad"], model="local", temperature=0)
     assert out["response_status"].tolist() == ["ok", "ok"]
     assert set(out["response"]) <= {"good", "bad"}
+
+
+def test_the_embedded_model_fills_in_a_form(url: str) -> None:
+    class Form(pydantic.BaseModel):
+        sentiment: Literal["good", "bad"]
+        recommends: bool | None
+
+    frame = pd.DataFrame({"review": ["It is a joy to use.", "It broke at once."]})
+    keywords = {"schema": Form, "model": "local", "temperature": 0, "max_tokens": 40}
+    out = LLMFrame(frame).complete("Is it good or bad? {review}", **keywords, details=True)
+    assert out["response_status"].tolist() == ["ok", "ok"]
+    assert out["response_attempts"].tolist() == [1, 1]
+    assert out["response_sentiment"].cat.categories.tolist() == ["good", "bad"]
+    assert out["response_sentiment"].notna().all()
+    assert str(out["response_recommends"].dtype) == "boolean"
+
+
+def test_the_embedded_model_answers_the_responses_api(url: str) -> None:
+    frame = pd.DataFrame({"review": ["It is a joy to use."]})
+    keywords = {"model": "local", "api": "responses", "temperature": 0, "max_output_tokens": 8}
+    out = LLMFrame(frame).complete("Is it good or bad? {review}", **keywords)
+    assert out["response_status"].tolist() == ["ok"]
+    assert out["response_prompt_tokens"].gt(0).all()
