@@ -82,6 +82,7 @@ class Requests:
         asked = _integral(plain)
         self.parameters = canonical({**asked, **(schema or {})}).decode()
         self.api = api
+        self._instructed = "instructions" in plain  # the user's own: a system message is then one of the input
         words = b',"input":' if api == "responses" else b',"messages":'
         self._head = b'{"model":' + orjson.dumps(model) + words
         self._tails: dict[Form, bytes] = {"prompt": _tail(plain, None, api)}
@@ -101,7 +102,7 @@ class Requests:
         """Give the request as it is sent, in JSON."""
         if self.api != "responses":
             return self._head + orjson.dumps(messages) + self._tails[form]
-        instructions, items = as_input(messages)
+        instructions, items = as_input(messages, keep=self._instructed)
         said = b"" if instructions is None else b',"instructions":' + orjson.dumps(instructions)
         return self._head + orjson.dumps(items) + said + self._tails[form]
 

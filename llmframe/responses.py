@@ -11,8 +11,15 @@ from typing import Any
 from llmframe.messages import Message, Messages
 
 
-def as_input(messages: Messages) -> tuple[str | None, list[Any]]:
+def as_input(messages: Messages, *, keep: bool = False) -> tuple[str | None, list[Any]]:
     """Give messages as the instructions and the input of a request.
+
+    Parameters
+    ----------
+    messages : list of dict
+        In the chat API's form.
+    keep : bool
+        Keep a system message in the input, since there are instructions already.
 
     Examples
     --------
@@ -20,7 +27,7 @@ def as_input(messages: Messages) -> tuple[str | None, list[Any]]:
     ('Be brief.', [{'role': 'user', 'content': 'Hello'}])
     """
     first, *rest = messages
-    if first["role"] in ("system", "developer") and isinstance(first.get("content"), str) and rest:
+    if not keep and first["role"] in ("system", "developer") and isinstance(first.get("content"), str) and rest:
         return first["content"], [one for message in rest for one in _items(message)]
     return None, [one for message in messages for one in _items(message)]
 

@@ -12,6 +12,11 @@ import pydantic
 import pytest
 
 import llmframe
+from llmframe.asking import Asking
+from llmframe.failures import Failure
+from llmframe.requests import Requests
+from llmframe.results import Completion
+from llmframe.schemas import read_schema
 from tests.server import SimulatedServer
 
 Ask = Callable[..., pd.DataFrame]
@@ -107,6 +112,41 @@ def test_an_endpoint_that_takes_no_schema_gets_it_in_the_prompt(
     form = last.get("response_format") or (last.get("text") or {}).get("format") or {}
     assert form.get("type") == ("json_object" if len(refused) == 1 else None)
     assert server.stats().failed["400"] <= 4 * len(refused) + 4
+
+
+REFUSALS = [
+    (400, "'response_format.type' must be 'json_schema' or 'text'"),
+    (400, "Invalid parameter: 'response_format' of type 'json_schema' is not supported with this model."),
+    (400, "Invalid schema for response_format 'answer': In context=(), 'required' is required to be supplied."),
+    (400, "This response_format type is unavailable now"),
+    (422, '{"detail":[{"loc":["body","response_format","type"],"msg":"Input should be \'text\'"}]}'),
+    (404, "No endpoints found that support structured_outputs for this model"),
+    (500, "failed to parse grammar"),
+    (400, "Unsupported parameter: 'text.format' is not supported with this model."),
+]
+NO_REFUSALS = [
+    (400, "This model's maximum context length is 8192 tokens."),
+    (429, "Rate limit reached; response_format has nothing to do with it"),
+    (401, "Incorrect API key provided."),
+    (400, "Invalid 'temperature'"),
+]
+
+
+@pytest.mark.parametrize(("http", "words"), REFUSALS + NO_REFUSALS)
+def test_a_refusal_of_the_schema_is_known_by_its_words(http: int, words: str) -> None:
+    told: list[str] = []
+    requests = Requests("https://api.openai.com/v1", "m", {}, None, None)
+    asking = Asking(requests, read_schema(Review), lambda _: [{"role": "user", "content": "a"}], told.append)
+    body = asking.fallen_back(0, "json_schema", Failure("row", "request", f"HTTP {http}: {words}", http))
+    assert (body is not None) == ((http, words) in REFUSALS)
+    assert (asking.form, len(told)) == (("json_object", 1) if (http, words) in REFUSALS else ("json_schema", 0))
+
+
+def test_once_a_schema_was_taken_no_refusal_is_about_it() -> None:
+    requests = Requests("https://api.openai.com/v1", "m", {}, None, None)
+    asking = Asking(requests, read_schema(Review), lambda _: [{"role": "user", "content": "a"}], [].append)
+    assert asking.repaired(0, 0, {}, Completion(status="ok")) is None
+    assert asking.fallen_back(1, "json_schema", Failure("row", "request", "HTTP 400: response_format", 400)) is None
 
 
 def test_a_fallback_changes_no_key(server: SimulatedServer, ask: Ask, tmp_path: Path) -> None:

@@ -118,6 +118,13 @@ def test_the_system_prompt_is_the_instructions(server: SimulatedServer) -> None:
     }
 
 
+def test_instructions_of_the_users_own_are_not_overwritten(server: SimulatedServer) -> None:
+    call(server, ["2"], api="responses", system="Count.", instructions="Be brief.")
+    body = server.requests()[0].body
+    assert body["instructions"] == "Be brief."
+    assert body["input"] == [{"role": "system", "content": "Count."}, {"role": "user", "content": "2"}]
+
+
 def test_a_schema_is_the_text_format_and_keeps_the_users_verbosity(server: SimulatedServer) -> None:
     out = call(server, ["a"], api="responses", schema=["good", "bad"], text={"verbosity": "low"})
     assert out["response_status"].tolist() == ["ok"]
