@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from llmframe.results import DETAILS, SOURCES, STATUSES, SUFFIXES, Completion, column_dtype, typed
+from llmframe.results import DETAILS, SOURCES, STATUSES, SUFFIXES, Completion, Source, column_dtype, typed
 
 NOT_ASKED = "not asked"
 NOT_SELECTED = "not selected"
@@ -98,6 +98,18 @@ class Outcomes:
         """Give each row's status, as its place in `STATUSES`."""
         return np.frombuffer(self._statuses, np.int8)[request_of]
 
+    def latencies_s(self) -> npt.NDArray[np.float64]:
+        """Give the seconds of each answer that this run itself was given."""
+        asked = np.frombuffer(self._sources, np.int8) == _SOURCE_CODES["request"]
+        latencies: npt.NDArray[np.float64] = np.frombuffer(self._amounts["latency_s"], np.float64)[asked]
+        return latencies[~np.isnan(latencies)]
+
+    def sources(self, request_of: npt.NDArray[np.intp], first: npt.NDArray[np.intp]) -> dict[Source, int]:
+        """Count the rows by where their answers came from."""
+        codes = self._sources_of(request_of, _twins(request_of, first))
+        counts = np.bincount(codes[codes >= 0], minlength=len(SOURCES)).tolist()
+        return dict(zip(SOURCES, counts, strict=True))
+
     def columns(
         self,
         request_of: npt.NDArray[np.intp],
@@ -128,8 +140,7 @@ class Outcomes:
             By suffix, the answer's own being empty.
         """
         made: dict[str, Any] = {"": self.cells(answer)[request_of]}
-        twins = request_of >= 0
-        twins[twins] = first[request_of[twins]] != np.flatnonzero(twins)
+        twins = _twins(request_of, first)
         codes = self.statuses(request_of)
         for suffix in (*SUFFIXES, *(DETAILS if details else ())):
             name, dtype = suffix[1:], column_dtype(suffix, None)
@@ -185,6 +196,13 @@ class Outcomes:
     def _free(self, request_of: npt.NDArray[np.intp], twins: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """Tell the rows whose answer another row has paid for."""
         return twins & (np.frombuffer(self._sources, np.int8)[request_of] >= 0)
+
+
+def _twins(request_of: npt.NDArray[np.intp], first: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
+    """Tell the rows that send what a row before them sends."""
+    twins = request_of >= 0
+    twins[twins] = first[request_of[twins]] != np.flatnonzero(twins)
+    return twins
 
 
 class _Words:

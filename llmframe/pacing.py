@@ -123,6 +123,11 @@ class Pacer:
     # -- what it says
 
     @property
+    def began(self) -> float:
+        """When it was made, from which its timeline counts."""
+        return self._began
+
+    @property
     def in_flight(self) -> int:
         """Requests sent and not yet reported on."""
         return self._in_flight

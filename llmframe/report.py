@@ -5,14 +5,22 @@ Every look is of that moment; nothing here changes the run.
 
 from __future__ import annotations
 
+import os
 from dataclasses import astuple, fields
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
+from llmframe import plots
 from llmframe.pacing import Moment
+from llmframe.page import Figure, Trouble, fragment, page
 from llmframe.results import STATUSES, Usage, column_dtype, text_dtype, typed
 from llmframe.state import State
+
+COMMONEST = 5  # errors shown
 
 
 class Run:
@@ -77,11 +85,109 @@ class Run:
 
     @property
     def timeline(self) -> pd.DataFrame:
-        """What the engine saw and decided, a row a moment; ``time_s`` is from when its line was opened."""
-        pacer = self._state.pacer
+        """What the engine saw and decided while this run went on, a row a moment; ``time_s`` is from its start.
+
+        ``in_flight`` and ``window`` (requests), ``rate`` (answers a second), ``refused`` (with 429, since its line was
+        opened) and ``latency_s`` are of the endpoint, whichever runs share it.
+        """
+        state, pacer = self._state, self._state.pacer
+        names = [column.name for column in fields(Moment)]
         moments = [] if pacer is None else [astuple(moment) for moment in tuple(pacer.timeline)]
-        frame = pd.DataFrame(moments, columns=[column.name for column in fields(Moment)])
-        return frame.astype({"decision": text_dtype()})
+        frame = pd.DataFrame(moments, columns=names).astype({"decision": text_dtype()})
+        if pacer is not None:
+            frame["time_s"] += pacer.began - state.started
+        until = np.inf if state.ended is None else state.ended - state.started
+        return frame[frame["time_s"].between(0, until)].reset_index(drop=True)
+
+    def plot(self, axes: Any = None) -> npt.NDArray[np.object_]:
+        """Draw the run's course and its latencies; needs the extra ``plot``.
+
+        Parameters
+        ----------
+        axes : sequence of two matplotlib Axes, optional
+            Where to draw; a new figure without it.
+
+        Returns
+        -------
+        array of two Axes
+            Answers a second and requests in flight over time with the engine's decisions, and a histogram of the
+            latencies in seconds. ``axes[0].figure`` is the figure.
+
+        Raises
+        ------
+        ConfigurationError
+            matplotlib is not installed.
+
+        Examples
+        --------
+        >>> out = df.llm.complete("Translate to French: {text}", model="local")
+        >>> len(llmframe.last_run().plot())
+        2
+        """
+        return plots.draw(self.timeline, self._state.outcomes.latencies_s(), axes)
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as one file that needs nothing else: no script, nothing from elsewhere.
+
+        Parameters
+        ----------
+        path : str or path
+            Where to; what is there is replaced.
+
+        Examples
+        --------
+        >>> import pathlib, tempfile
+        >>> out = df.llm.complete("Translate to French: {text}", model="local")
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     path = pathlib.Path(directory, "run.html")
+        ...     llmframe.last_run().to_html(path)
+        ...     path.read_text(encoding="utf-8")[:15]
+        '<!DOCTYPE html>'
+        """
+        Path(path).write_text(page(self._repr_html_()), encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        timeline, latencies_s = self.timeline, self._state.outcomes.latencies_s()
+        picture = plots.svg(timeline, latencies_s) if len(latencies_s) else None
+        return fragment(repr(self).strip("<>"), self._figures(), self._troubles(), picture)
+
+    def _figures(self) -> list[list[Figure]]:
+        state, usage, tally = self._state, self.usage, self._state.tally
+        sources = state.outcomes.sources(state.plan.request_of, state.plan.first)
+        latencies_s = state.outcomes.latencies_s()
+        middle, late = np.percentile(latencies_s, (50, 95)) if len(latencies_s) else (None, None)
+        rows = [Figure(f"rows {status}", f"{count:,}") for status, count in self.counts.items()]
+        rows += [
+            Figure("from the checkpoint", f"{sources['checkpoint']:,}"),
+            Figure("duplicates", f"{sources['duplicate']:,}"),
+            Figure("asked", f"{sources['request']:,}"),
+        ]
+        paid = [
+            Figure("prompt tokens", f"{usage.prompt_tokens:,}"),
+            Figure("of them cached", f"{usage.cached_tokens:,}"),
+            Figure("completion tokens", f"{usage.completion_tokens:,}"),
+            Figure("of them reasoning", f"{usage.reasoning_tokens:,}"),
+            Figure("USD", "unknown" if self.cost_usd is None else f"{self.cost_usd:,.4f}"),
+        ]
+        took = [
+            Figure("seconds", f"{self.seconds:,.1f}"),
+            Figure("rows/s", f"{state.rows_done / max(self.seconds, 1e-3):,.1f}"),
+            Figure("latency p50, s", "-" if middle is None else f"{middle:.2f}"),
+            Figure("latency p95, s", "-" if late is None else f"{late:.2f}"),
+        ]
+        sent = [Figure("requests sent", f"{tally.sent:,}")]
+        sent += [
+            Figure(f"failed: {kind}" + (" (may have been billed)" if kind == "timeout" else ""), f"{count:,}")
+            for kind, count in tally.failures.most_common()
+        ]
+        return [rows, paid, took, sent]
+
+    def _troubles(self) -> list[Trouble]:
+        index = self._state.source.index
+        return [
+            Trouble(int(rows), str(status), str(error), repr(index[[position]].tolist()[0]))
+            for status, error, rows, position in self.errors.head(COMMONEST).itertuples(index=False)
+        ]
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count:,} {status}" for status, count in self.counts.items()) or "no rows"

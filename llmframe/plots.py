@@ -1,0 +1,123 @@
+"""Plots: a run's course and its latencies, drawn by matplotlib, which is an extra.
+
+Grey on nothing: the same picture is read on a light page and on a dark one.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from llmframe.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK = "#808080"  # has the same contrast to white and to black
+RATE, WINDOW, MARK = "#3b82c4", "#d9822b", "#c23030"
+SIZE_IN = (9.0, 2.9)
+NAMED = 12  # decisions told in words; more of them would cover the curve
+BINS = 40
+
+
+def draw(timeline: pd.DataFrame, latencies_s: npt.NDArray[np.float64], axes: Any = None) -> npt.NDArray[np.object_]:
+    """Draw the answers a second and the requests in flight over time, and a histogram of the latencies.
+
+    Parameters
+    ----------
+    timeline : DataFrame
+        As `Run.timeline` gives it.
+    latencies_s : array of float
+        Of each answer, in seconds.
+    axes : sequence of two Axes, optional
+        Where to draw; a new figure without it.
+
+    Returns
+    -------
+    array of Axes
+        The course, and the histogram.
+
+    Raises
+    ------
+    ConfigurationError
+        matplotlib is not there.
+    """
+    if axes is None:
+        axes = _figure().subplots(1, 2, width_ratios=(2.2, 1))
+    course, histogram = axes
+    _draw_course(course, timeline)
+    _draw_latencies(histogram, latencies_s)
+    made = np.empty(2, object)
+    made[:] = course, histogram
+    return made
+
+
+def svg(timeline: pd.DataFrame, latencies_s: npt.NDArray[np.float64]) -> str | None:
+    """Give the same picture as SVG for an HTML page; None where matplotlib is not there."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        return None
+    course, _ = draw(timeline, latencies_s)
+    file = io.StringIO()
+    # Text as text: a tenth of the size, and it can be found on the page. No date: the same run is the same page.
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        course.figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _figure() -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigurationError(
+            "a plot needs matplotlib, which is not installed: pip install 'llmframe-pandas[plot]'"
+        ) from error
+    return Figure(figsize=SIZE_IN, layout="constrained")
+
+
+def _draw_course(axes: Axes, timeline: pd.DataFrame) -> None:
+    times = timeline["time_s"].to_numpy()
+    axes.plot(times, timeline["rate"], color=RATE, label="answers/s")
+    axes.set_ylabel("answers/s", color=RATE)
+    axes.set_ylim(bottom=0)
+    flight = axes.twinx()
+    flight.plot(times, timeline["window"], color=WINDOW, alpha=0.5, linestyle=":")
+    flight.plot(times, timeline["in_flight"], color=WINDOW)
+    flight.set_ylabel("in flight (dotted: the window)", color=WINDOW)
+    flight.set_ylim(bottom=0)
+    decided = timeline[timeline["decision"] != ""]
+    for moment in decided["time_s"]:
+        axes.axvline(moment, color=MARK, alpha=0.35, linewidth=0.8)
+    for moment, words in decided[["time_s", "decision"]].head(NAMED).itertuples(index=False):
+        axes.annotate(
+            words, (moment, 1), xycoords=("data", "axes fraction"), rotation=90, va="top", fontsize=6, color=MARK
+        )
+    axes.set_xlabel("seconds")
+    _grey(axes)
+    _grey(flight)
+
+
+def _draw_latencies(axes: Axes, latencies_s: npt.NDArray[np.float64]) -> None:
+    if len(latencies_s):
+        axes.hist(latencies_s, bins=BINS, color=RATE)
+    axes.set_xlabel("latency, seconds")
+    axes.set_ylabel("answers")
+    _grey(axes)
+
+
+def _grey(axes: Axes) -> None:
+    axes.tick_params(colors=INK, labelsize=7)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side != "top")
+        spine.set_color(INK)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_fontsize(8)
+        if label.get_color() == "black":
+            label.set_color(INK)
