@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import ipaddress
 import os
 import re
 import sys
@@ -179,6 +180,24 @@ def check_url(base_url: Any, name: str = "base_url") -> None:
     parts = urlsplit(base_url) if isinstance(base_url, str) else None
     if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigurationError(f"{name}={base_url!r} is no URL; write it as in 'http://localhost:8000/v1'")
+
+
+def is_open(url: str) -> bool:
+    """Whether a key on its way to a URL can be read by whoever stands between: no TLS, and a host out of the house.
+
+    Examples
+    --------
+    >>> is_open("http://api.example.com/v1"), is_open("http://192.168.1.7:8000/v1"), is_open("http://vllm:8000/v1")
+    (True, False, False)
+    """
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme != "http":
+        return False
+    try:
+        return not ipaddress.ip_address(host).is_private  # a loopback is
+    except ValueError:  # a name; one without a dot is of this machine, its containers or its network
+        return "." in host and not host.endswith((".local", ".localhost", ".internal", ".lan"))
 
 
 def _client(base_url: str | None, api_key: Any) -> openai.AsyncOpenAI:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,7 @@ WORTH_SAVING = 200  # rows; a run of more without a checkpoint says what one wou
 FLUSH_LOOK_S = 0.1  # how often it is seen whether a flush is due
 
 _last: Run | None = None
+_open_lines: set[str] = set()  # hosts that were warned of
 
 
 def last_run() -> Run:
@@ -141,6 +143,7 @@ def prepare(prompts: Prompts, options: Options) -> Prepared:
     global _last
     call = plan_call(prompts, options)
     target, requests = call.endpoint, call.requests
+    warn_of_open_line(target.url)
     assert options.model is not None
     state = State(prompts.frame, options, call.schema, call.plan, Outcomes(len(call.plan.keys)), prompts=prompts)
     checkpoint = None
@@ -171,6 +174,15 @@ def prepare(prompts: Prompts, options: Options) -> Prepared:
         raise
     _last = Run(state)
     return prepared
+
+
+def warn_of_open_line(url: str) -> None:
+    """Warn once of an endpoint on the way to which the key can be read."""
+    parts = urlsplit(url)
+    host = f"{parts.scheme}://{parts.hostname}"
+    if endpoint.is_open(url) and host not in _open_lines:
+        _open_lines.add(host)
+        warn(f"the key and the prompts go to {host} unencrypted, for anybody on the way to read; use https://")
 
 
 def plan_call(prompts: Prompts, options: Options) -> Call:

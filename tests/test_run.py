@@ -242,6 +242,21 @@ def test_a_login_page_in_place_of_every_answer_is_an_endpoint_that_does_not_answ
     assert ask.server.stats().received < 2 * 64
 
 
+def test_a_name_that_nobody_knows_ends_the_run_and_names_it(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "FIRST_PATIENCE_S", 0.5)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    with pytest.raises(
+        EndpointError, match=r"no answer from https://nowhere\.invalid/v1.*check that.*base_url"
+    ) as caught:
+        texts(50).llm.complete(
+            "{text}", model="m", base_url="https://nowhere.invalid/v1", checkpoint=checkpoint, progress=False
+        )
+    assert caught.value.frame is not None
+    assert count(caught.value.frame) == {"pending": 50}
+
+
 def test_a_certificate_that_nobody_vouches_for_ends_the_run_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,6 +321,12 @@ ANSWERS: dict[str, tuple[bytes, str, str | None]] = {
     "tool calls": (orjson.dumps(raw_chat(content=None, tool_calls=[{"id": "a"}])), "ok", None),
     "no message": (b'{"choices":[{"finish_reason":"stop"}]}', "invalid", None),
     "a finish_reason that is a number": (b'{"choices":[{"message":{"content":"hi"},"finish_reason":7}]}', "ok", "hi"),
+    "no choices": (orjson.dumps({"choices": [], "usage": {"prompt_tokens": 3}}), "failed", None),
+    "a number that is no number": (
+        b'{"choices":[{"message":{"content":"hi"}}],"usage":{"prompt_tokens":1e999,"completion_tokens":-Infinity}}',
+        "ok",
+        "hi",
+    ),
     "choices are text": (b'{"choices":"none"}', "failed", None),
     "a list": (b"[1, 2, 3]", "failed", None),
     "null": (b"null", "failed", None),
@@ -362,6 +383,8 @@ def test_whatever_a_server_answers_is_a_status_and_an_error(what: str, checkpoin
 
 HEADS = {
     "a content-length that promises more": b"HTTP/1.1 200 OK\r\ncontent-length: 999\r\nconnection: close\r\n\r\n",
+    "a content-length that promises less": b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\nconnection: close\r\n\r\n",
+    "chunks that break off": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\n{",
     "no HTTP": b"hello\r\n\r\n",
     "a content-length of no sense": b"HTTP/1.1 200 OK\r\ncontent-length: many\r\n\r\n",
     "gzip that is none": b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 2\r\n\r\n",
