@@ -197,7 +197,7 @@ def _objects(
     return Objects(
         canonical={"json_schema": canonical_form(simple)},
         response_format={"type": "json_schema", "json_schema": shown},
-        columns={each: _dtype(part, simple) for each, part in simple["properties"].items()},
+        columns={each: _column(part, simple) for each, part in simple["properties"].items()},
         validate=validate,
         properties=properties,
     )
@@ -212,6 +212,43 @@ def _object(schema: JsonSchema) -> JsonSchema:
     if not schema["properties"]:
         raise SchemaError("the schema has no properties; name at least one")
     return schema
+
+
+def _column(schema: Any, root: JsonSchema) -> Any:
+    """Give the type of a property's column: JSON text in place of objects that parquet has no type for."""
+    dtype = _dtype(schema, root)
+    return text_dtype() if dtype is object and _is_mixed(schema, root) else dtype
+
+
+def _is_mixed(schema: Any, root: JsonSchema, above: tuple[str, ...] = ()) -> bool:
+    """Whether values of several kinds may stand in one place somewhere in a nested value."""
+    if not isinstance(schema, dict):
+        return schema is not False  # true is anything
+    if "$ref" in schema:
+        reference = str(schema["$ref"])
+        return reference not in above and _is_mixed(_followed(schema, root), root, (*above, reference))
+    if "anyOf" in schema or "prefixItems" in schema:
+        branches = [*schema.get("anyOf", ()), *schema.get("prefixItems", ())]
+        kinds = {_kind(_followed(branch, root)) for branch in branches} - {"null"}
+        # Number or string is how pydantic writes a Decimal, which a nested value always holds as a string.
+        several = len(kinds) > 1 and kinds not in ({"integer", "number"}, {"number", "string"})
+        return several or any(_is_mixed(branch, root, above) for branch in branches)
+    if "enum" in schema:
+        return len({type(value) for value in schema["enum"] if value is not None}) > 1
+    if schema.get("type") == "array":
+        return _is_mixed(schema.get("items", True), root, above)
+    inner = [*schema.get("properties", {}).values()]
+    if isinstance(schema.get("additionalProperties"), dict):
+        inner.append(schema["additionalProperties"])
+    return _kind(schema) is None or any(_is_mixed(each, root, above) for each in inner)
+
+
+def _kind(schema: JsonSchema) -> Any:
+    """Give the JSON type of a schema's values, None where it does not say."""
+    values = [value for value in schema.get("enum", ()) if value is not None]
+    if values:
+        return {str: "string", int: "integer", float: "number", bool: "boolean"}.get(type(values[0]), "object")
+    return schema.get("type", "object" if "properties" in schema else "null" if "enum" in schema else None)
 
 
 def _dtype(schema: Any, root: JsonSchema) -> Any:

@@ -172,6 +172,35 @@ def test_dates_that_are_none_and_numbers_beyond_64_bits_do_not_fit() -> None:
             schema.read(text)
 
 
+def test_what_parquet_has_no_type_for_is_json_text() -> None:
+    class Mixed(BaseModel):
+        either: list[int | str]
+        pair: tuple[int, str]
+        anything: Any
+        inside: dict[str, list[int | str]]
+        whole: list[int | float | None]
+        priced: list[dict[str, Decimal]]
+
+    schema = of_model(Mixed)
+    kinds = {name: kind is object for name, kind in schema.columns.items()}
+    assert kinds == {
+        "either": False,
+        "pair": False,
+        "anything": False,
+        "inside": False,
+        "whole": True,
+        "priced": True,
+    }
+    text = """{"either": [1, "a"], "pair": [1, "a"], "anything": {"a": 1}, "inside": {}, "whole": [1, 2.5],
+    "priced": [{"a": 1}]}"""
+    cells = schema.cells(schema.read(text))
+    assert (cells["either"], cells["anything"]) == ('[1,"a"]', '{"a":1}')
+    frame = pd.DataFrame({name: typed([cells[name]], kind) for name, kind in schema.columns.items()})
+    file = io.BytesIO()
+    frame.to_parquet(file)
+    assert pd.read_parquet(io.BytesIO(file.getvalue()))["pair"][0] == '[1,"a"]'
+
+
 def test_an_open_object_is_asked_for_without_strict_mode() -> None:
     class Counts(BaseModel):
         by_word: dict[str, int]
