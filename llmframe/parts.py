@@ -6,6 +6,7 @@ its type, each page's checksum is verified, and whatever else pyarrow stumbles o
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
@@ -65,6 +66,7 @@ COLUMNS = pa.schema(
 )
 REQUIRED = ("key", "status", "text")  # without one of these there is no answer to give back
 
+PIECE_BYTES = 1 << 20  # what a checksum is taken over at once
 GROUP_ROWS = 16_384  # what a reader decodes at once
 GROUP_BYTES = 32 << 20  # the same for long texts
 REPEATING = ["status", "text", "texts.list.element", "error", "finish_reason", "model", "attempts", "origin"]
@@ -72,6 +74,7 @@ REPEATING = ["status", "text", "texts.list.element", "error", "finish_reason", "
 _FORMAT = b"llmframe.format"
 _COLUMNS = b"llmframe.columns"  # pages have checksums, but a damaged footer could rename a column away
 _ORIGINS = b"llmframe.origins"
+_SUM = b"llmframe.crc32"  # a damaged page header can say that its page has no checksum: all before the footer has one
 _PAID = pa.array(sorted(PAID))
 _DERIVED: Mapping[str, object] = {"parsed": None, "source": "checkpoint"}  # not stored
 _FIELDS = tuple(field.name for field in fields(Completion))
@@ -169,11 +172,13 @@ class Part:
     """A part, opened: its footer is read and its columns have the right types."""
 
     def __init__(self, file: pa.NativeFile | IO[bytes]) -> None:
+        self._bytes = file
         with _decoding():
             self._file = pq.ParquetFile(file, page_checksum_verification=True)
             found = self._file.schema_arrow
             metadata = self._file.metadata.metadata or {}
         self.origins = _read_metadata(metadata)
+        self._sum = metadata.get(_SUM)  # None in a part of a llmframe that wrote none, and once it was found right
         sizes = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
         if sum(sizes) != self._file.metadata.num_rows:
             raise NotAPart("it has lost a row group")
@@ -218,6 +223,7 @@ class Part:
 
     def _read(self, group: int, names: Sequence[str]) -> pa.Table:
         """Read columns of one row group; one that an older llmframe did not write is null."""
+        self._check_sum()
         rows = self._file.metadata.row_group(group).num_rows
         present = [name for name in names if name in self._names]
         table = self._file.read_row_group(group, columns=present, use_threads=False)
@@ -229,13 +235,64 @@ class Part:
         columns = [table[name] if name in present else pa.nulls(rows, COLUMNS.field(name).type) for name in names]
         return pa.Table.from_arrays(columns, schema=pa.schema([COLUMNS.field(name) for name in names]))
 
+    def _check_sum(self) -> None:
+        """Compare what stands before the footer with the checksum in it, once."""
+        written, self._sum = self._sum, None
+        if written is None:
+            return
+        left, found = 0, 0
+        if written.count(b" ") == 1 and written.replace(b" ", b"").isdigit():
+            left = int(written.split()[0])
+        length = left
+        self._bytes.seek(0)
+        while left and (piece := self._bytes.read(min(left, PIECE_BYTES))):
+            found = zlib.crc32(piece, found)
+            left -= len(piece)
+        if b"%d %d" % (length, found) != written:
+            raise NotAPart("it is torn or damaged: its checksum is wrong")
+
+
+class _Summed:
+    """A file that keeps the length and the checksum of what is written to it."""
+
+    def __init__(self, file: pa.NativeFile | IO[bytes]) -> None:
+        self._file = file
+        self.length = 0
+        self.sum = 0
+        self.closed = False
+
+    def write(self, data: bytes) -> int:
+        self._file.write(data)
+        self.sum = zlib.crc32(data, self.sum)
+        self.length += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:  # pyarrow's; the file is its owner's
+        self.closed = True
+
+    def tell(self) -> int:
+        return self.length
+
+    def readable(self) -> bool:
+        return False
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return False
+
 
 class PartWriter:
     """Writes tables as one part, in row groups of a size that is good to read."""
 
     def __init__(self, file: pa.NativeFile | IO[bytes], origins: Sequence[Origin]) -> None:
+        self._summed = _Summed(file)
         self._writer = pq.ParquetWriter(
-            file,
+            self._summed,
             COLUMNS,
             compression="zstd",
             use_dictionary=REPEATING,
@@ -270,6 +327,8 @@ class PartWriter:
         try:
             if kind is None:
                 self._write_group()
+                said = b"%d %d" % (self._summed.length, self._summed.sum)
+                self._writer.add_key_value_metadata({_SUM: said})
         finally:
             self._writer.close()
 

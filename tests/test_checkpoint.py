@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import hashlib
+import itertools
 import logging
 import os
 import shutil
@@ -409,6 +410,15 @@ def test_a_part_with_damaged_bytes_is_never_misread(damage: list[tuple[int, int]
     except (NotAPart, NewerFormat):
         return
     assert given_back == SOUND
+
+
+def test_a_page_header_that_denies_its_checksum_lets_no_damage_through() -> None:
+    for place, other in itertools.combinations(range(4, 64), 2):  # such as 12 and 47, of the first page
+        data = bytearray(SOUND_PART)
+        data[place] ^= 1
+        data[other] ^= 1
+        with pytest.raises(NotAPart):
+            give(bytes(data))
 
 
 @given(st.binary(max_size=200))
@@ -899,7 +909,7 @@ def test_a_kept_index_takes_45_bytes_an_answer_at_most(tmp_path: Path) -> None:
     checkpoint.flush()
     index = Index()
     (path,) = parts(tmp_path)
-    index.add(path.name, Part(str(path)).heads())
+    index.add(path.name, Part(pa.OSFile(str(path), "rb")).heads())
     (held,) = index._parts.values()
     assert held.keys.nbytes + held.rows.nbytes + held.answered_at.nbytes <= 45 * 5_000
     checkpoint.close()
