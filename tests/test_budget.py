@@ -160,6 +160,14 @@ def test_several_answers_a_row_are_all_in_the_worst_case(server: SimulatedServer
     assert 3_000 < stats.prompt_tokens + stats.completion_tokens <= 4_000
 
 
+def test_answers_that_are_asked_again_are_counted_each_time(server: SimulatedServer) -> None:
+    rows = frame(200, "[[say=neither of them]]")
+    stopped(server, rows, max_tokens_total=9_000, schema=["good", "bad"])
+    stats = server.stats()
+    assert any(len(request.body["messages"]) > 1 for request in server.requests())
+    assert stats.prompt_tokens + stats.completion_tokens <= 9_000
+
+
 def test_a_first_request_that_does_not_fit_is_not_sent(server: SimulatedServer) -> None:
     error = stopped(server, frame(3), max_tokens_total=100)
     assert server.stats().received == 0
