@@ -19,6 +19,7 @@ from llmframe.errors import (
     TemplateError,
 )
 from llmframe.estimate import Estimate
+from llmframe.jobs import JobResult, run
 from llmframe.lists import acomplete, complete
 from llmframe.options import configure
 from llmframe.report import Run
@@ -33,6 +34,7 @@ __all__ = [
     "EndpointError",
     "Estimate",
     "Interrupted",
+    "JobResult",
     "LLMFrame",
     "LLMFrameError",
     "LLMFrameWarning",
@@ -48,4 +50,5 @@ __all__ = [
     "last_run",
     "local",
     "read_checkpoint",
+    "run",
 ]

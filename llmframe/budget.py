@@ -7,7 +7,8 @@ costs more than the most that `Bound` says of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,6 +143,7 @@ class Budget:
         """By what was settled."""
         self.aside = Cost()
         """The worst case of what is in flight."""
+        self._waiting: deque[Callable[[], None]] = deque()
 
     @property
     def idle(self) -> bool:
@@ -161,6 +163,12 @@ class Budget:
         """Count what a request cost in place of what was set aside for it."""
         self.aside -= most
         self.spent += paid
+        while self._waiting:
+            self._waiting.popleft()()
+
+    def when_settled(self, call: Callable[[], None]) -> None:
+        """Call this once, when a request is settled next: of any run, as the parts of a job share one budget."""
+        self._waiting.append(call)
 
     def refusal(self, most: Cost) -> str:
         """Say why a request is not sent, and what to do."""

@@ -12,6 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 from llmframe import failures
@@ -182,7 +183,6 @@ class Crew:
         self._tally = tally
         self._ask_again = ask
         self._budget = budget
-        self._short: deque[asyncio.Future[None]] = deque()  # workers that wait for the budget to get something back
         self._timeout = Timeout(policy.timeout_s)
         self._workers: set[asyncio.Task[None]] = set()
         self._flying: dict[Job, asyncio.Task[None]] = {}  # the oldest first
@@ -285,7 +285,7 @@ class Crew:
                 self._stop(BudgetExceeded(self._budget.refusal(most)))
                 return False
             change: asyncio.Future[None] = self._loop.create_future()
-            self._short.append(change)
+            self._budget.when_settled(partial(_wake, change))
             await change  # what is in flight costs less than its worst case, as a rule
         self._budget.set_aside(most)
         job.most = most
@@ -297,10 +297,6 @@ class Crew:
             return
         most, job.most = job.most, None
         self._budget.settle(most, _paid(self._budget, most, reply, payload, outcome))
-        while self._short:
-            waiting = self._short.popleft()
-            if not waiting.done():
-                waiting.set_result(None)
 
     # -- one attempt
 
@@ -538,6 +534,11 @@ class Crew:
                     "check that the server runs, that base_url= is right, and the network"
                 )
             )
+
+
+def _wake(waiting: asyncio.Future[None]) -> None:
+    if not waiting.done():  # its run may have ended meanwhile
+        waiting.set_result(None)
 
 
 def _paid(budget: Budget, most: Cost, reply: Reply | None, payload: Any, outcome: Completion | Failure | None) -> Cost:

@@ -212,6 +212,12 @@ def method_takes_options(
     return functools.partial(_show, options)
 
 
+def shows_options(call: A) -> A:
+    """Show a function that also has keywords of its own as taking those of `call_options` after them."""
+    shown: A = _show(call_options, call)
+    return shown
+
+
 def _show(options: Callable[..., Options], call: Any) -> Any:
     signature = inspect.signature(call)
     own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]

@@ -8,15 +8,17 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections import deque
-from typing import TYPE_CHECKING, Any
+from collections import Counter, deque
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import TqdmWarning
 
 from llmframe.notices import wanted
 
 if TYPE_CHECKING:
-    from llmframe.state import State
+    from llmframe.options import Options
+    from llmframe.pacing import Pacer
+    from llmframe.results import Usage
 
 with warnings.catch_warnings():
     # A notebook without ipywidgets gets the bar as text, which is as good: nothing to warn of.
@@ -30,10 +32,69 @@ TITLE = 20  # characters of the output's name
 KINDS = 3  # failures named, the commonest first
 
 
+class Going(Protocol):
+    """What a bar shows: a run, or a job of many; see `State`."""
+
+    @property
+    def options(self) -> Options:
+        """The call's keywords."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """Rows in all."""
+        ...
+
+    @property
+    def rows_done(self) -> int:
+        """Rows with an outcome."""
+        ...
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens paid."""
+        ...
+
+    @property
+    def cost_usd(self) -> float | None:
+        """USD paid; None where no price is known."""
+        ...
+
+    @property
+    def sent(self) -> int:
+        """Requests sent."""
+        ...
+
+    @property
+    def in_flight(self) -> int:
+        """Requests in flight."""
+        ...
+
+    @property
+    def failures(self) -> Counter[str]:
+        """Attempts that gave no answer, by kind."""
+        ...
+
+    @property
+    def pacer(self) -> Pacer | None:
+        """What decides how fast."""
+        ...
+
+    @property
+    def ended(self) -> float | None:
+        """When it ended; None while it goes on."""
+        ...
+
+    @property
+    def seconds(self) -> float:
+        """Since its start."""
+        ...
+
+
 class Bar:
     """The bar of one run; nothing at all where none is wanted, or where there is nothing to ask."""
 
-    def __init__(self, state: State, progress: bool | None) -> None:
+    def __init__(self, state: Going, progress: bool | None) -> None:
         self._state = state
         self._bar: Any = None
         self._drawn = time.monotonic()
@@ -82,12 +143,12 @@ def _layout(text: str) -> str:
     return f"{{desc}}|{{bar}}| {text}"
 
 
-def words(state: State, *, rate: float, room: float = math.inf) -> str:
+def words(state: Going, *, rate: float, room: float = math.inf) -> str:
     """Say how a run is getting on, in the columns there are.
 
     Parameters
     ----------
-    state : State
+    state : Going
         The run.
     rate : float
         Rows a second.
@@ -104,15 +165,15 @@ def words(state: State, *, rate: float, room: float = math.inf) -> str:
         said.append((8, f"in {tqdm.format_interval(state.seconds)}"))
     elif remaining_s is not None:
         said.append((8, f"{tqdm.format_interval(remaining_s)} left"))
-    if state.tally.sent:
+    if state.sent:
         said.append((7, f"{rate:,.0f}/s" if rate >= 10 or rate == 0 else f"{rate:.2g}/s"))
-    if state.tally.sent and going:
-        said.append((3, f"{state.tally.in_flight:,} in flight"))
+    if state.sent and going:
+        said.append((3, f"{state.in_flight:,} in flight"))
     if tokens:
         said.append((2, f"{tqdm.format_sizeof(tokens) if tokens >= 10_000 else f'{tokens:,}'} tokens"))
     if state.cost_usd is not None:
         said.append((4, f"${state.cost_usd:.2f}" if state.cost_usd >= 1 else f"${state.cost_usd:.4f}"))
-    for place, (kind, count) in enumerate(state.tally.failures.most_common(KINDS)):
+    for place, (kind, count) in enumerate(state.failures.most_common(KINDS)):
         said.append((1 if place else 6, f"{count:,} x {kind}"))
     if limit:
         said.append((5, f"limit: {limit}"))

@@ -24,6 +24,7 @@ from llmframe.checkpoint import OTHER_ROWS, Checkpoint, Origin
 from llmframe.endpoint import Endpoint, Extras
 from llmframe.engine import Crew, Policy
 from llmframe.errors import CheckpointError, ConfigurationError, Interrupted, LLMFrameError, RowFailed
+from llmframe.index import Index
 from llmframe.lines import line_to
 from llmframe.messages import Messages
 from llmframe.notices import say, warn
@@ -142,38 +143,52 @@ def prepare(prompts: Prompts, options: Options) -> Prepared:
     """
     global _last
     call = plan_call(prompts, options)
-    target, requests = call.endpoint, call.requests
-    warn_of_open_line(target.url)
+    warn_of_open_line(call.endpoint.url)
+    checkpoint = open_checkpoint(prompts, options, call)
+    prepared = ready(prompts, options, call, checkpoint)
+    try:
+        _tell(prepared, recall(prepared))
+    except BaseException:
+        if checkpoint is not None:
+            checkpoint.close()
+        raise
+    _last = Run(prepared.state)
+    return prepared
+
+
+def open_checkpoint(prompts: Prompts, options: Options, call: Call, index: Index | None = None) -> Checkpoint | None:
+    """Open the checkpoint of a call, if it has one.
+
+    Raises
+    ------
+    CheckpointError
+        It cannot be read or written.
+    """
+    if options.checkpoint is None:
+        return None
     assert options.model is not None
-    state = State(prompts.frame, options, call.schema, call.plan, Outcomes(len(call.plan.keys)), prompts=prompts)
-    checkpoint = None
-    if options.checkpoint is not None:
-        origin = Origin(
-            endpoint=target.identity,
-            api=options.api,
-            model=options.model,
-            template=prompts.description,
-            parameters=requests.parameters,
-        )
-        checkpoint = Checkpoint.open(options.checkpoint, origin)
-    prepared = Prepared(
-        state=state,
+    origin = Origin(
+        endpoint=call.endpoint.identity,
+        api=options.api,
+        model=options.model,
+        template=prompts.description,
+        parameters=call.requests.parameters,
+    )
+    return Checkpoint.open(options.checkpoint, origin, index)
+
+
+def ready(prompts: Prompts, options: Options, call: Call, checkpoint: Checkpoint | None) -> Prepared:
+    """Put together what a run needs."""
+    return Prepared(
+        state=State(prompts.frame, options, call.schema, call.plan, Outcomes(len(call.plan.keys)), prompts=prompts),
         prompts=prompts,
-        requests=requests,
-        endpoint=target,
+        requests=call.requests,
+        endpoint=call.endpoint,
         policy=Policy(Caps(options.max_concurrency, options.rpm, options.tpm), options.max_attempts, options.timeout),
         price=call.price,
         budget=call.budget,
         checkpoint=checkpoint,
     )
-    try:
-        _recall(prepared)
-    except BaseException:
-        if checkpoint is not None:
-            checkpoint.close()
-        raise
-    _last = Run(state)
-    return prepared
 
 
 def warn_of_open_line(url: str) -> None:
@@ -185,14 +200,27 @@ def warn_of_open_line(url: str) -> None:
         warn(f"the key and the prompts go to {host} unencrypted, for anybody on the way to read; use https://")
 
 
-def plan_call(prompts: Prompts, options: Options) -> Call:
+def plan_call(prompts: Prompts, options: Options, like: Call | None = None) -> Call:
     """Check a call and plan it; nothing is asked, and no checkpoint is touched.
+
+    Parameters
+    ----------
+    prompts : Prompts
+        The rows and what each sends.
+    options : Options
+        The call's keywords.
+    like : Call, optional
+        The same call for other rows: all but the plan is taken from it, the budget too.
 
     Raises
     ------
     ConfigurationError, TemplateError, SchemaError
         The call cannot be made as it was written.
     """
+    if like is not None:
+        selected = select(prompts.frame, options)
+        plan = make_plan(prompts, like.requests, selected, dedupe=options.dedupe)
+        return replace(like, plan=plan)
     if options.model is None:
         raise ConfigurationError(
             "no model: pass model=, set it with llmframe.configure(model=...) or LLMFRAME_MODEL; "
@@ -255,8 +283,25 @@ def _budget(options: Options, params: Mapping[str, Any], price: PriceOf | None) 
     return Budget(bound=bound, max_usd=options.max_cost, max_tokens=options.max_tokens_total)
 
 
-def _recall(prepared: Prepared) -> None:
-    """Take what the checkpoint holds, and say what it is before anything is asked."""
+def recall(prepared: Prepared) -> int:
+    """Take what the checkpoint holds; how many of the requests it answers."""
+    state, checkpoint = prepared.state, prepared.checkpoint
+    if checkpoint is None or state.options.refresh:
+        return 0
+    shared = rows_of(state.plan)
+    found = 0
+    for number, completion in checkpoint.find(state.plan.keys):
+        kept = reread(completion, state.schema)
+        if kept is None or (kept.text is None and kept.status != "ok" and state.options.where == "missing"):
+            continue  # a refusal is kept as what it is, until a call asks for what has no answer
+        state.outcomes.put(number, kept)
+        state.rows_done += int(shared[number])
+        found += 1
+    return found
+
+
+def _tell(prepared: Prepared, found: int) -> None:
+    """Say what the checkpoint holds before anything is asked."""
     state, checkpoint, quiet = prepared.state, prepared.checkpoint, prepared.quiet
     total = len(state.plan.keys)
     if checkpoint is None:
@@ -268,16 +313,6 @@ def _recall(prepared: Prepared) -> None:
                 once=True,
             )
         return
-    shared = rows_of(state.plan)
-    found = 0
-    if not state.options.refresh:
-        for number, completion in checkpoint.find(state.plan.keys):
-            kept = reread(completion, state.schema)
-            if kept is None or (kept.text is None and kept.status != "ok" and state.options.where == "missing"):
-                continue  # a refusal is kept as what it is, until a call asks for what has no answer
-            state.outcomes.put(number, kept)
-            state.rows_done += int(shared[number])
-            found += 1
     where = state.options.checkpoint
     if found:
         rest = f"asking {total - found:,}" if found < total else "nothing to ask"
@@ -311,7 +346,7 @@ async def execute(prepared: Prepared) -> None:
     try:
         asked = state.outcomes.pending()
         if len(asked):
-            await _ask(prepared, asked)
+            await ask(prepared, asked)
         whole = True
     finally:
         state.ended = time.monotonic()
@@ -325,7 +360,8 @@ async def execute(prepared: Prepared) -> None:
                 raise
 
 
-async def _ask(prepared: Prepared, asked: npt.NDArray[np.intp]) -> None:
+async def ask(prepared: Prepared, asked: npt.NDArray[np.intp]) -> None:
+    """Ask these requests, by number, and keep what comes; the checkpoint stays open."""
     state = prepared.state
     line = await line_to(prepared.endpoint, prepared.policy.caps)
     state.pacer = line.pacer

@@ -6,6 +6,7 @@ Written by the runner's loop alone; read by anybody, at any time, from any threa
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +77,21 @@ class State:
     def rows(self) -> int:
         """The rows that send a request or share one."""
         return int((self.plan.request_of >= 0).sum())
+
+    @property
+    def sent(self) -> int:
+        """Requests sent so far."""
+        return self.tally.sent
+
+    @property
+    def in_flight(self) -> int:
+        """Requests in flight now."""
+        return self.tally.in_flight
+
+    @property
+    def failures(self) -> Counter[str]:
+        """Attempts that gave no answer, by kind."""
+        return self.tally.failures
 
     @property
     def seconds(self) -> float:

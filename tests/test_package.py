@@ -48,6 +48,7 @@ def test_what_is_public_is_pinned() -> None:
         "EndpointError",
         "Estimate",
         "Interrupted",
+        "JobResult",
         "LLMFrame",
         "LLMFrameError",
         "LLMFrameWarning",
@@ -63,6 +64,7 @@ def test_what_is_public_is_pinned() -> None:
         "last_run",
         "local",
         "read_checkpoint",
+        "run",
     ]
 
 

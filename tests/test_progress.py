@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,7 +20,6 @@ import pandas as pd
 import pytest
 
 from llmframe import notices, progress
-from llmframe.engine import Tally
 from llmframe.errors import LLMFrameWarning
 from llmframe.results import Usage
 from llmframe.state import State
@@ -130,8 +130,6 @@ def test_progress_true_draws_the_bar_anywhere(server: SimulatedServer, capfd: py
 
 def state(**values: Any) -> State:
     """Give as much of a run's state as the words are made of."""
-    tally = Tally(sent=1_300, in_flight=64)
-    tally.failures.update({"timeout": 3, "server error": 20})
     usual = {
         "rows": 3_708,
         "rows_done": 1_234,
@@ -140,7 +138,9 @@ def state(**values: Any) -> State:
         "usage": Usage(1_000_000, 200_000),
         "cost_usd": 0.1234,
         "pacer": SimpleNamespace(limited_by="requests/min"),
-        "tally": tally,
+        "sent": 1_300,
+        "in_flight": 64,
+        "failures": Counter({"timeout": 3, "server error": 20}),
     }
     return cast("State", SimpleNamespace(**{**usual, **values}))
 
