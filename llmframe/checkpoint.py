@@ -428,6 +428,25 @@ def read_checkpoint(path: str | os.PathLike[str]) -> pd.DataFrame:
             return _frame(pa.concat_tables([COLUMNS.empty_table(), *tables]), list(origins))
 
 
+def remove_checkpoint(path: str | os.PathLike[str]) -> None:
+    """Delete the parts of a checkpoint, and its directory where nothing else is in it.
+
+    Raises
+    ------
+    CheckpointError
+        If they cannot be deleted.
+    """
+    where = os.fspath(path)
+    storage = storage_at(path)
+    try:
+        for name in storage.parts():
+            if _PART.fullmatch(name):  # a stranger's file is not ours to delete
+                storage.delete(name)
+        storage.remove_if_empty()
+    except OSError as error:
+        raise CheckpointError(f"{where} could not be deleted: {_reason(error)}") from error
+
+
 class _Parts:
     """The parts of a checkpoint as a reader meets them, while others write and merge.
 

@@ -7,12 +7,12 @@ disk. The sink has its name when it is whole, and never before; whatever stopped
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,24 +21,24 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from llmframe import loops, runner
+from llmframe.checkpoint import Checkpoint, remove_checkpoint
 from llmframe.errors import ConfigurationError, Interrupted, LLMFrameError
 from llmframe.index import Index
 from llmframe.notices import say
-from llmframe.options import Options, gather, shows_options
+from llmframe.options import Options, check_count, gather, shows_options
 from llmframe.pacing import Pacer
 from llmframe.planning import output_dtypes
 from llmframe.progress import Bar
 from llmframe.prompts import Prompt, Prompts
 from llmframe.results import STATUSES, Usage, twin
 from llmframe.runner import Call, Prepared
+from llmframe.sinks import Sink
+from llmframe.sources import Piece, Source
 
 PART_ROWS = 16_384  # of a part: enough to be worth a plan, few enough that two of them are small
 UNDER_WAY = 2  # parts: while one has its last answers to come, the next is asked
-GROUP_BYTES = 128 << 20  # of a row group that is held back until it is whole
-NOT_HERE = ("where", "history")  # keywords about a frame at hand
 CHECKPOINT = ".checkpoint"  # is added to the sink's name
 
 
@@ -80,23 +80,34 @@ def run(
     sink: str | os.PathLike[str],
     prompt: Prompt,
     *,
+    where: str | Sequence[str] | None = None,
     limit: int | None = None,
+    partial: bool = False,
+    clean: bool = False,
     **keywords: Any,
 ) -> JobResult:
-    """Ask a model once for each row of a parquet file, and write a parquet file with the answers as new columns.
+    """Ask a model once for each row of a file, and write a parquet file with the answers as new columns.
 
     Parameters
     ----------
     source : path
-        A parquet file.
+        A parquet, csv or jsonl file, a directory of them or a glob; a path or an fsspec URL (``s3://bucket/rows/``).
     sink : path
         Where the rows go, in the same order and row groups, with the source's columns as they were and the new ones
-        after them. It has this name when it is whole, and never before.
+        after them: one file where it is named ``.parquet``, else a directory with a file for each of the source's.
+        A file has its name when it is whole, and never before.
     prompt, **keywords
         As `LLMFrame.complete` takes them, those about a frame at hand aside. ``checkpoint`` is the sink's name with
         ``.checkpoint`` unless it is given: the same job again asks only what is not there.
+    where : str or list of str, optional
+        Only rows for which all these hold: a column, an operator and a value each, as in ``"human_score > 1"``.
+        The other rows are not in the sink.
     limit : int, optional
         Rows from the first; all of them without it.
+    partial : bool, default False
+        Where the job is stopped, write what there is all the same: rows that were not reached are ``pending``.
+    clean : bool, default False
+        Delete the checkpoint when the sink is whole and every row has its answer.
 
     Returns
     -------
@@ -122,30 +133,40 @@ def run(
     >>> job.rows
     2
     """
-    work = _Work(os.fspath(source), os.fspath(sink), prompt, _options(sink, keywords), limit)
+    paths = Paths(os.fspath(source), os.fspath(sink), (where,) if isinstance(where, str) else tuple(where or ()), limit)
+    work = Work(paths, prompt, job_options(sink, keywords))
     bar = Bar(work.total, work.options.progress)
-    try:
-        loops.run(work.execute, bar.draw)
-    except LLMFrameError as error:
-        raise work.stopped(error) from error.__cause__
-    except KeyboardInterrupt:
-        raise work.stopped(Interrupted("interrupted")) from None
-    finally:
-        bar.close()
-    return work.outcome()
+    return work.run(bar.draw, bar.close, partial=partial, clean=clean)
 
 
-def _options(sink: str | os.PathLike[str], keywords: Mapping[str, Any]) -> Options:
-    for name in NOT_HERE:
-        if keywords.get(name) is not None:
-            raise ConfigurationError(f"{name}= is about a frame at hand, and a job reads its rows part by part")
+def job_options(sink: str | os.PathLike[str], keywords: Mapping[str, Any]) -> Options:
+    """Gather the keywords of a job, and refuse those that it cannot keep.
+
+    Raises
+    ------
+    ConfigurationError
+        See `run`.
+    """
+    if keywords.get("history") is not None:
+        raise ConfigurationError("history= is about a frame at hand, and a job reads its rows part by part")
     options = gather(keywords)
     if not options.dedupe or options.on_error == "raise":
         raise ConfigurationError(
             "dedupe=False and on_error='raise' are not for a job, which knows a part of its rows at a time; use "
             "df.llm.complete, or leave them out"
         )
-    return options if options.checkpoint is not None else replace(options, checkpoint=f"{os.fspath(sink)}{CHECKPOINT}")
+    beside = f"{os.fspath(sink).rstrip('/')}{CHECKPOINT}"
+    return options if options.checkpoint is not None else replace(options, checkpoint=beside)
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Where a job's rows are, which of them it is about, and where they go."""
+
+    source: str
+    sink: str
+    where: tuple[str, ...] = ()
+    limit: int | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -153,8 +174,7 @@ class _Part:
     """Some rows of the source on their way."""
 
     prepared: Prepared
-    table: pa.Table
-    ends_group: bool
+    piece: Piece
     seen: npt.NDArray[np.bool_]  # which of its requests an earlier part has too
     task: asyncio.Task[None] | None = None
 
@@ -228,48 +248,78 @@ class Total:
         return (time.monotonic() if self.ended is None else self.ended) - self.started
 
 
-class _Work:
-    """One job under way."""
+class Work:
+    """One job: checked and ready, and then under way.
 
-    def __init__(self, source: str, sink: str, prompt: Prompt, options: Options, limit: int | None) -> None:
-        self._source = _opened(source)
-        self._sink = sink
+    Raises
+    ------
+    ConfigurationError, TemplateError, SchemaError, CheckpointError
+        The job cannot be done as it was written.
+    """
+
+    def __init__(self, paths: Paths, prompt: Prompt, options: Options) -> None:
+        self._paths = paths
         self._prompt = prompt
-        self._limit = limit
         self.options = options
-        if not Path(sink).parent.is_dir():
-            raise ConfigurationError(f"{sink} cannot be written: there is no {Path(sink).parent}; make it first")
-        rows = self._source.metadata.num_rows
-        self.total = Total(options, rows if limit is None else min(rows, limit))
-        # Of no rows, so that all that can be known of the call is checked before anything is read.
-        empty = self._source.schema_arrow.empty_table()
-        self._call: Call = runner.plan_call(self._prompts(empty), options)
+        if paths.limit is not None:
+            check_count("limit", paths.limit)
+        self._source = Source(paths.source, paths.where, paths.limit)
+        self._sinks = _sinks(paths, self._source)
+        self.total = Total(options, self._source.rows)
+        # Of no rows, so that all that can be known of the call is checked before anything is asked.
+        for schema in reversed(self._source.schemas):
+            prompts = self._prompts(schema.empty_table())
+            self._call: Call = runner.plan_call(prompts, options)
         runner.warn_of_open_line(self._call.endpoint.url)
-        self._checkpoint = runner.open_checkpoint(self._prompts(empty), options, self._call, Index())
+        self._open_checkpoint = functools.partial(runner.open_checkpoint, prompts, options, self._call)
+        self._checkpoint: Checkpoint | None = None
         self._seen = _Seen()
-        self._writer: _Writer | None = None
-        if self._checkpoint is not None and self._checkpoint.held:
-            where, held = options.checkpoint, self._checkpoint.held
-            say(f"{held:,} answers are in {where}; what is among them is not asked", quiet=options.progress is False)
+        self._sink: Sink | None = None
 
-    async def execute(self) -> None:
+    def run(self, beat: Callable[[], None], ended: Callable[[], None], *, partial: bool, clean: bool) -> JobResult:
+        """Do it, and wait; see `run` for what it raises.
+
+        Parameters
+        ----------
+        beat, ended : callable
+            Called in this thread every tenth of a second, and at the end.
+        partial, clean : bool
+            See `run`.
+        """
+        try:
+            loops.run(self._execute, beat)
+        except LLMFrameError as error:
+            raise self._stopped(error, partial) from error.__cause__
+        except KeyboardInterrupt:
+            raise self._stopped(Interrupted("interrupted"), partial) from None
+        finally:
+            ended()
+        if clean and not self.total.counts.keys() & {"failed", "pending"}:
+            assert self.options.checkpoint is not None
+            remove_checkpoint(self.options.checkpoint)
+        return self._outcome()
+
+    async def _execute(self, *, asking: bool = True) -> None:
         """Ask for every part, and write each when it and all before it are whole."""
-        assert self._checkpoint is not None
+        self._checkpoint = checkpoint = self._open_checkpoint(Index())
+        assert checkpoint is not None
+        if asking and checkpoint.held:
+            held = f"{checkpoint.held:,} answers are in {self.options.checkpoint}"
+            say(f"{held}; what is among them is not asked", quiet=self.options.progress is False)
         under_way: deque[_Part] = deque()
         whole = False
-        tables = _tables(self._source, self._limit)
-        self._writer = _Writer(self._sink)
+        pieces = self._source.pieces(PART_ROWS)
         try:
-            while (read := await loops.in_thread(lambda: next(tables, None))) is not None:
-                part = await loops.in_thread(lambda read=read: self._prepare(*read))  # type: ignore[misc]
+            while (piece := await loops.in_thread(lambda: next(pieces, None))) is not None:
+                part = await loops.in_thread(functools.partial(self._prepare, piece))
                 self.total.under_way.append(part.prepared)
-                part.task = asyncio.create_task(self._answer(part, [each.task for each in under_way if each.task]))
+                before = [each.task for each in under_way if each.task]
+                part.task = asyncio.create_task(self._answer(part, before, asking=asking))
                 under_way.append(part)
                 while len(under_way) >= UNDER_WAY:
                     await self._write(under_way.popleft(), under_way)
             while under_way:
                 await self._write(under_way.popleft(), under_way)
-            await loops.in_thread(self._writer.finish)
             whole = True
         finally:
             tasks = [part.task for part in under_way if part.task is not None]
@@ -278,21 +328,29 @@ class _Work:
             if tasks:
                 await asyncio.wait(tasks)
             self.total.ended = time.monotonic()
-            self._writer.close()
-            checkpoint = self._checkpoint
+            if self._sink is not None:
+                self._sink.close()
             await asyncio.shield(loops.in_thread(lambda: checkpoint.close(tidy=whole)))
 
-    def outcome(self) -> JobResult:
-        """Give what came of it."""
+    def _outcome(self) -> JobResult:
         total = self.total
         counts: dict[str, int] = {status: total.counts[status] for status in STATUSES if total.counts[status]}
         where = os.fspath(self.options.checkpoint or "")
-        return JobResult(total.done, counts, total.sent, total.usage, total.cost_usd, total.seconds, self._sink, where)
+        return JobResult(
+            total.done, counts, total.sent, total.usage, total.cost_usd, total.seconds, self._paths.sink, where
+        )
 
-    def stopped(self, error: Any) -> Any:
+    def _stopped(self, error: Any, partial: bool) -> Any:
         """Give a job's error with the way to go on."""
         total = self.total
-        way = f"the same call goes on from {self.options.checkpoint}"
+        way = f"the same job goes on from {self.options.checkpoint}"
+        if partial:
+            try:
+                again = Work(self._paths, self._prompt, replace(self.options, refresh=False))
+                loops.run(functools.partial(again._execute, asking=False), lambda: None)
+                way += f"; what there is is in {self._paths.sink}"
+            except (LLMFrameError, OSError, KeyboardInterrupt) as failure:
+                way += f"; {self._paths.sink} could not be written ({failure})"
         words = str(error) or "cancelled"
         error.args = (f"{words} ({total.rows_done:,} of {total.rows:,} rows are done; {way})",)
         return error
@@ -303,8 +361,8 @@ class _Work:
         keywords: dict[str, Any] = {"system": options.system, "examples": options.examples, "na": options.na}
         return Prompts(frame, self._prompt, **keywords)
 
-    def _prepare(self, table: pa.Table, ends_group: bool) -> _Part:
-        prompts = self._prompts(table)
+    def _prepare(self, piece: Piece) -> _Part:
+        prompts = self._prompts(piece.table)
         call = runner.plan_call(prompts, self.options, self._call)
         prepared = runner.ready(prompts, self.options, call, self._checkpoint)
         seen = self._seen.add(call.plan.keys)
@@ -313,22 +371,22 @@ class _Work:
             outcome = prepared.state.outcomes[number]
             if outcome.status != "pending":
                 prepared.state.outcomes.put(number, twin(outcome))
-        return _Part(prepared, table, ends_group, seen)
+        return _Part(prepared, piece, seen)
 
-    async def _answer(self, part: _Part, before: list[asyncio.Task[None]]) -> None:
+    async def _answer(self, part: _Part, before: list[asyncio.Task[None]], *, asking: bool) -> None:
         """Ask a part's requests, first those that no part before it asks."""
         prepared, outcomes = part.prepared, part.prepared.state.outcomes
         pending = outcomes.pending()
         late = pending[part.seen[pending]]
         own = pending[~part.seen[pending]]
-        if len(own):
+        if len(own) and asking:
             await runner.ask(prepared, own)
         if len(late):
             if before:
                 await asyncio.wait(before)
             await loops.in_thread(lambda: self._recall_late(prepared, late))
             late = late[np.isin(late, outcomes.pending())]
-            if len(late):
+            if len(late) and asking:
                 await runner.ask(prepared, late)
         prepared.state.ended = time.monotonic()
 
@@ -343,8 +401,6 @@ class _Work:
     async def _write(self, part: _Part, others: deque[_Part]) -> None:
         """Wait for a part, or for the failure of one after it, and write it."""
         assert part.task is not None
-        assert self._writer is not None
-        writer = self._writer
         tasks = [part.task, *(each.task for each in others if each.task is not None)]
         try:
             while not part.task.done():
@@ -356,8 +412,19 @@ class _Work:
         except BaseException:
             others.appendleft(part)
             raise
-        await loops.in_thread(lambda: writer.write(_answered(part), part.ends_group))
+        await loops.in_thread(functools.partial(self._put, part))
         self.total.finish(part.prepared)
+
+    def _put(self, part: _Part) -> None:
+        piece = part.piece
+        if self._sink is None:
+            self._sink = Sink(self._sinks[piece.file])
+        self._sink.write(_answered(part), piece.ends_group)
+        if piece.ends_file and (
+            piece.file + 1 == len(self._sinks) or self._sinks[piece.file + 1] != self._sinks[piece.file]
+        ):
+            self._sink.finish()
+            self._sink = None
 
 
 class _Seen:
@@ -380,73 +447,30 @@ class _Seen:
         return known
 
 
-class _Writer:
-    """Writes parts as one parquet file under a temporary name, in the row groups of the source."""
-
-    def __init__(self, sink: str) -> None:
-        self._sink = Path(sink)
-        self._temporary = self._sink.with_name(f".{self._sink.name}-{os.getpid()}.tmp")
-        self._writer: pq.ParquetWriter | None = None
-        self._held: list[pa.Table] = []
-
-    def write(self, table: pa.Table, ends_group: bool) -> None:
-        """Take a part; its row group is written when it is whole."""
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(self._temporary, table.schema, compression="zstd")
-        self._held.append(table.cast(self._writer.schema))
-        if ends_group or sum(each.nbytes for each in self._held) > GROUP_BYTES:
-            self._flush()
-
-    def finish(self) -> None:
-        """Give the file its name."""
-        self._flush()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-            with open(self._temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(self._temporary, self._sink)
-
-    def close(self) -> None:
-        """Leave nothing of a file that is not whole."""
-        if self._writer is not None:
-            with suppress(OSError):
-                self._writer.close()
-        with suppress(OSError):
-            self._temporary.unlink(missing_ok=True)
-
-    def _flush(self) -> None:
-        if self._writer is not None and self._held:
-            whole = pa.concat_tables(self._held)
-            self._held = []
-            self._writer.write_table(whole, row_group_size=max(1, whole.num_rows))
-
-
-def _opened(source: str) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(source)
-    except FileNotFoundError:
-        raise ConfigurationError(f"there is no {source}; name a parquet file") from None
-    except (OSError, pa.ArrowException) as error:
-        raise ConfigurationError(f"{source} cannot be read as parquet: {str(error).splitlines()[0]}") from error
-
-
-def _tables(source: pq.ParquetFile, limit: int | None) -> Iterator[tuple[pa.Table, bool]]:
-    """Read part after part, each with whether it ends a row group; a source of no rows is one part."""
-    left = source.metadata.num_rows if limit is None else min(limit, source.metadata.num_rows)
-    if not left:
-        yield source.schema_arrow.empty_table(), True
-    for group in range(source.num_row_groups):
-        rest = min(left, source.metadata.row_group(group).num_rows)
-        for batch in source.iter_batches(PART_ROWS, row_groups=[group]):
-            if rest <= 0:
-                break
-            table = pa.Table.from_batches([batch], schema=source.schema_arrow).slice(0, rest)
-            rest -= table.num_rows
-            left -= table.num_rows
-            yield table, rest == 0
-        if not left:
-            return
+def _sinks(paths: Paths, source: Source) -> list[str]:
+    """Name the file that each of the source's files goes to."""
+    sink = paths.sink
+    if source.one_file and not os.path.isdir(sink):
+        if not sink.endswith(".parquet"):
+            raise ConfigurationError(f"{sink} is written as parquet; give it a name that ends in .parquet")
+        if "://" not in sink and not Path(sink).expanduser().parent.is_dir():
+            raise ConfigurationError(f"{sink} cannot be written: there is no {Path(sink).parent}; make it first")
+        sinks = [sink]
+    elif sink.endswith(".parquet"):
+        other = next((each for each in source.schemas if not each.equals(source.schemas[0])), None)
+        if other is not None:
+            raise ConfigurationError(
+                f"the files of {paths.source} have not all the same columns, and {sink} is one file; name a directory"
+            )
+        sinks = [sink] * len(source.names)
+    else:
+        sinks = [f"{sink.rstrip('/')}/{os.path.splitext(name)[0]}.parquet" for name in source.names]
+        twice = next((name for name, count in Counter(sinks).items() if count > 1), None)
+        if twice is not None:
+            raise ConfigurationError(f"two files of {paths.source} would be {twice}; rename one of them")
+    if source.holds(sinks):
+        raise ConfigurationError(f"{sink} is where the source is; write to another place")
+    return sinks
 
 
 def _answered(part: _Part) -> pa.Table:
@@ -458,11 +482,11 @@ def _answered(part: _Part) -> pa.Table:
         if new[name].dtype == object:
             new[name] = pd.array([_as_json(cell) for cell in new[name]], dtype="string")
     made = pa.Table.from_pandas(new, preserve_index=False)
-    table = part.table
+    table = part.piece.table
     for name in names:
         column = made[name]
         table = table.append_column(made.schema.field(name), column)
-    return table.replace_schema_metadata(_metadata(part.table.schema.metadata, made.schema.metadata))
+    return table.replace_schema_metadata(_metadata(part.piece.table.schema.metadata, made.schema.metadata))
 
 
 def _as_json(cell: Any) -> str | None:
@@ -479,4 +503,4 @@ def _metadata(source: Mapping[bytes, bytes] | None, new: Mapping[bytes, bytes]) 
     return kept
 
 
-__all__ = ["JobResult", "Total", "run"]
+__all__ = ["JobResult", "Paths", "Total", "Work", "job_options", "run"]

@@ -221,7 +221,9 @@ def shows_options(call: A) -> A:
 def _show(options: Callable[..., Options], call: Any) -> Any:
     signature = inspect.signature(call)
     own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
-    call.__signature__ = signature.replace(parameters=[*own, *inspect.signature(options).parameters.values()])
+    named = {parameter.name for parameter in own}
+    theirs = [each for name, each in inspect.signature(options).parameters.items() if name not in named]
+    call.__signature__ = signature.replace(parameters=[*own, *theirs])
     return call
 
 

@@ -52,6 +52,9 @@ class Storage(Protocol):
     def delete(self, name: str) -> None:
         """Delete a file, if it is there."""
 
+    def remove_if_empty(self) -> None:
+        """Delete the place itself, where nothing is in it."""
+
     def housekeeping(self) -> AbstractContextManager[bool]:
         """Hold the right to tidy up after others, and say whether it could be had; never wait for it."""
 
@@ -133,6 +136,11 @@ class Directory:
         """Delete a file, if it is there and nobody (on Windows) reads it."""
         with suppress(FileNotFoundError, PermissionError):
             (self._path / name).unlink()
+
+    def remove_if_empty(self) -> None:
+        """Delete the directory, if nothing is in it."""
+        with suppress(OSError):
+            self._path.rmdir()
 
     @contextmanager
     def housekeeping(self) -> Iterator[bool]:
@@ -254,6 +262,9 @@ class Bucket:
         """Delete a file, if it is there."""
         with _as_os_error(), suppress(FileNotFoundError):
             self._fs.rm_file(self._at(name))
+
+    def remove_if_empty(self) -> None:
+        """Do nothing: a prefix is gone with its last object."""
 
     @contextmanager
     def housekeeping(self) -> Iterator[bool]:

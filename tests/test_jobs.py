@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,34 @@ def source(tmp_path: Path) -> Path:
 def run(server: SimulatedServer, source: Path, prompt: Any = "{text}", **keywords: Any) -> JobResult:
     keywords = {"model": "m", "base_url": server.base_url, "progress": False, **keywords}
     return llmframe.run(source, source.with_name("out.parquet"), prompt, **keywords)
+
+
+def run_to(server: SimulatedServer, source: Any, sink: Any, prompt: Any = "{text}", **keywords: Any) -> JobResult:
+    keywords = {"model": "m", "base_url": server.base_url, "progress": False, **keywords}
+    return llmframe.run(source, sink, prompt, **keywords)
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """A real S3 server with a bucket ``rows``; what pandas needs to reach it."""
+    s3fs = pytest.importorskip("s3fs")
+    moto = pytest.importorskip("moto.server")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
+    served = moto.ThreadedMotoServer(port=0, verbose=False)
+    served.start()
+    host, port = served.get_host_and_port()
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "id",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+    }.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem().mkdir("rows")
+    yield {}
+    s3fs.S3FileSystem.clear_instance_cache()
+    served.stop()
 
 
 def out_of(source: Path) -> pd.DataFrame:
@@ -113,7 +143,7 @@ def test_limit_takes_the_first_rows(server: SimulatedServer, source: Path) -> No
 def test_a_source_of_no_rows_gives_a_sink_of_the_same_types(server: SimulatedServer, source: Path) -> None:
     run(server, source)
     full = out_of(source)
-    assert run(server, source, limit=0).rows == 0
+    assert run(server, source, where="small > 7").rows == 0
     assert out_of(source).dtypes.astype(str).equals(full.dtypes.astype(str))
 
 
@@ -133,7 +163,11 @@ def test_nested_properties_are_json_text_in_the_sink(server: SimulatedServer, so
     [
         ("{txt}", {}, TemplateError, "did you mean 'text'"),
         ("{text}", {"output": "text"}, ConfigurationError, "has a column 'text' already"),
-        ("{text}", {"where": "missing"}, ConfigurationError, "where= is about a frame at hand"),
+        ("{text}", {"history": "turns"}, ConfigurationError, "history= is about a frame at hand"),
+        ("{text}", {"where": "missing"}, ConfigurationError, "no condition; write a column, an operator and a value"),
+        ("{text}", {"where": "texd == a"}, ConfigurationError, "no column 'texd'; did you mean 'text'"),
+        ("{text}", {"where": "small > many"}, ConfigurationError, "'many' is no value for a column of int8"),
+        ("{text}", {"limit": 0}, ConfigurationError, "limit=0 has to be a whole number of at least 1"),
         ("{text}", {"dedupe": False}, ConfigurationError, "dedupe=False"),
         ("{text}", {"modell": "m"}, ConfigurationError, "did you mean 'model'"),
     ],
@@ -158,7 +192,7 @@ def test_a_source_that_is_not_there_or_no_parquet_says_so(server: SimulatedServe
 def test_a_job_that_is_stopped_leaves_no_sink_and_goes_on(server: SimulatedServer, source: Path) -> None:
     server.configure(schedule=[(0.5, {"status_all": 401})], latency_s=0.2, slots=16)
     with pytest.raises(
-        EndpointError, match=r"of 100 rows are done; the same call goes on from .*out.parquet.checkpoint"
+        EndpointError, match=r"of 100 rows are done; the same job goes on from .*out.parquet.checkpoint"
     ):
         run(server, source)
     assert {path.name for path in source.parent.iterdir()} == {"in.parquet", "out.parquet.checkpoint"}
@@ -203,3 +237,120 @@ def test_parts_overlap_so_that_the_endpoint_does_not_wait_for_the_last_answer_of
     run(server, source)
     assert server.stats().max_in_flight > 40
     assert time.monotonic() - began < 100  # whatever the machine
+
+
+def test_only_rows_that_fulfil_every_condition_are_asked_and_written(server: SimulatedServer, source: Path) -> None:
+    job = run(server, source, where=["small >= 1", "text != 'row 4'", "kind = a", "day < 2024-01-09"])
+    assert job.rows == server.stats().received == 3
+    assert out_of(source)["text"].tolist() == ["row 0", "row 2", "row 6"]
+
+
+def test_a_directory_of_files_gives_a_directory_of_files(server: SimulatedServer, tmp_path: Path) -> None:
+    for name, texts in {"a/one.parquet": ["x", "y"], "a/two.parquet": [], "b/one.parquet": ["x", "z"]}.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame({"text": pd.array(texts, dtype="str")}).to_parquet(tmp_path / "in" / name)
+    (tmp_path / "in" / "_SUCCESS").touch()
+    job = run_to(server, tmp_path / "in", tmp_path / "out")
+    assert job.rows == 4
+    assert server.stats().received == 3  # x is in two files
+    written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")}
+    assert written == {"a/one.parquet", "a/two.parquet", "b/one.parquet"}
+    assert pd.read_parquet(tmp_path / "out/b/one.parquet")["response"].tolist() == ["echo: x", "echo: z"]
+    assert pd.read_parquet(tmp_path / "out/a/two.parquet").dtypes["response_prompt_tokens"] == "Int64"
+
+
+def test_a_glob_can_go_into_one_file(server: SimulatedServer, tmp_path: Path) -> None:
+    for number in range(3):
+        pd.DataFrame({"text": [f"{number}"]}).to_parquet(tmp_path / f"in-{number}.parquet")
+    run_to(server, tmp_path / "in-*.parquet", tmp_path / "out.parquet")
+    assert pd.read_parquet(tmp_path / "out.parquet")["text"].tolist() == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("name", ["in.csv", "in.jsonl"])
+def test_text_files_are_read_too(server: SimulatedServer, tmp_path: Path, name: str) -> None:
+    frame = pd.DataFrame({"text": ["a", "b, c", "d"], "score": [1, 2, 3]})
+    if name.endswith(".csv"):
+        frame.to_csv(tmp_path / name, index=False)
+    else:
+        frame.to_json(tmp_path / name, orient="records", lines=True)
+    job = run_to(server, tmp_path / name, tmp_path / "out.parquet", where="score > 1.5")
+    assert job.rows == 2
+    out = pd.read_parquet(tmp_path / "out.parquet")
+    assert out[["text", "response"]].to_numpy().tolist() == [["b, c", "echo: b, c"], ["d", "echo: d"]]
+    assert out["score"].dtype == "int64"
+
+
+def test_a_text_file_that_changes_its_types_half_way_is_refused_before_anything_is_paid(
+    server: SimulatedServer, tmp_path: Path
+) -> None:
+    rows = "".join(f"row {number},{number}\n" for number in range(120_000))  # more than a block
+    (tmp_path / "in.csv").write_text(f"text,score\n{rows}last,many\n")
+    with pytest.raises(ConfigurationError, match=r"in.csv cannot be read as csv: .*many"):
+        run_to(server, tmp_path / "in.csv", tmp_path / "out.parquet")
+    assert server.stats().received == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "sink", "said"),
+    [
+        ("nothing-*.parquet", "out.parquet", "nothing matches"),
+        ("empty", "out.parquet", "file is in"),
+        ("in", "out.parquet", "have not all the same columns"),
+        ("in/a.parquet", "out.csv", "written as parquet"),
+        ("in", "in", "is where the source is"),
+        ("in/a.parquet", "in/a.parquet", "is where the source is"),
+        ("s4://bucket/a.parquet", "out.parquet", "cannot be reached"),
+    ],
+)
+def test_paths_that_cannot_be_meant_are_refused(
+    server: SimulatedServer, tmp_path: Path, source: str, sink: str, said: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "empty").mkdir()
+    pd.DataFrame({"text": ["a"]}).to_parquet(tmp_path / "in/a.parquet")
+    pd.DataFrame({"text": ["a"], "more": [1]}).to_parquet(tmp_path / "in/b.parquet")
+    where = source if "://" in source else tmp_path / source
+    with pytest.raises(ConfigurationError, match=said):
+        run_to(server, where, tmp_path / sink)
+    assert server.stats().received == 0
+
+
+def test_a_stopped_job_can_leave_what_there_is(server: SimulatedServer, source: Path) -> None:
+    server.configure(schedule=[(0.5, {"status_all": 401})], latency_s=0.2, slots=16)
+    with pytest.raises(EndpointError, match=r"what there is is in .*out.parquet"):
+        run(server, source, partial=True)
+    counts = out_of(source)["response_status"].value_counts()
+    assert counts["ok"] + counts["pending"] + counts["failed"] == 100
+    assert counts["ok"] > 0
+    assert counts["pending"] > 0
+
+
+def test_the_checkpoint_goes_when_every_row_has_its_answer_and_only_if_asked_to(
+    server: SimulatedServer, source: Path
+) -> None:
+    place = source.with_name("out.parquet.checkpoint")
+    server.configure(status_all=400)
+    run(server, source, limit=5, clean=True)
+    assert place.exists()
+    server.reset()
+    run(server, source, limit=5)
+    assert place.exists()
+    run(server, source, limit=5, clean=True)
+    assert not place.exists()
+
+
+def test_a_job_on_object_storage_reads_and_writes_there(
+    server: SimulatedServer, tmp_path: Path, bucket: dict[str, Any]
+) -> None:
+    frame = pd.DataFrame({"text": [f"row {number}" for number in range(100)]})
+    frame.to_parquet("s3://rows/in/a.parquet", row_group_size=30, storage_options=bucket)
+    frame.head(3).to_parquet("s3://rows/in/b.parquet", storage_options=bucket)
+    job = run_to(server, "s3://rows/in/", "s3://rows/out")
+    assert job.rows == 103
+    assert server.stats().received == 100
+    out = pd.read_parquet("s3://rows/out/a.parquet", storage_options=bucket)
+    assert out["response"].tolist() == [f"echo: row {number}" for number in range(100)]
+    run_to(
+        server, "s3://rows/in/*.parquet", tmp_path / "out.parquet", checkpoint="s3://rows/out.checkpoint", clean=True
+    )
+    assert server.stats().received == 100

@@ -1,0 +1,288 @@
+"""Sources: the rows of parquet, csv or JSON-lines files, at a path, in a directory or behind a glob, part after part.
+
+What can be known of a file is known when it is opened; nothing larger than a part is ever held.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import operator
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import reduce
+from pathlib import PurePosixPath
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from llmframe.errors import ConfigurationError
+
+__all__ = ["Piece", "Source", "filesystem_of"]
+
+FORMATS = {
+    **dict.fromkeys((".parquet", ".pq", ".parq"), "parquet"),
+    ".csv": "csv",
+    **dict.fromkeys((".jsonl", ".ndjson"), "json"),
+}
+OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">": operator.gt,
+    "<": operator.lt,
+    "=": operator.eq,
+}
+_CONDITION = re.compile(rf"\s*(?P<column>.+?)\s*(?P<operator>{'|'.join(OPERATORS)})\s*(?P<value>.*?)\s*")
+TEXT_GROUP_ROWS = 131_072  # of a row group, where the source has none of its own
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some rows of a source.
+
+    Attributes
+    ----------
+    table : pyarrow.Table
+        The rows.
+    ends_group, ends_file : bool
+        Whether the row group, or the file, ends with them.
+    file : int
+        Which of the source's files they are from.
+    """
+
+    table: pa.Table
+    ends_group: bool
+    ends_file: bool
+    file: int
+
+
+class Source:
+    """The rows of one file or many.
+
+    Parameters
+    ----------
+    where : str
+        A path or fsspec URL of a file or a directory, or a glob.
+    conditions : sequence of str
+        Rows for which all of them hold: a column, an operator and a value each, as in ``score > 1``.
+    limit : int, optional
+        Rows, from the first.
+
+    Raises
+    ------
+    ConfigurationError
+        A file that is not there or cannot be read; a condition that is none.
+    """
+
+    def __init__(self, where: str, conditions: Sequence[str] = (), limit: int | None = None) -> None:
+        filesystem, paths, base = _found(where)
+        self._filesystem, self._paths = filesystem, paths
+        self.names = tuple(os.path.relpath(path, base) if base else PurePosixPath(path).name for path in paths)
+        """Of the files, under the directory they are in."""
+        self.one_file = base is None
+        self._limit = limit
+        self._files = [_opened(path, filesystem, conditions) for path in paths]
+        rows = sum(file.rows for file in self._files)
+        self.rows = rows if limit is None else min(rows, limit)
+        self.schemas = tuple(file.schema for file in self._files)
+
+    def holds(self, files: Iterable[str]) -> bool:
+        """Whether one of these is a file of the source."""
+        for file in files:
+            filesystem, path = filesystem_of(file)
+            if type(filesystem) is type(self._filesystem) and path in self._paths:
+                return True
+        return False
+
+    def pieces(self, rows: int) -> Iterator[Piece]:
+        """Read the files in order, so many rows at a time at most; a file of no rows is one piece."""
+        left = self.rows
+        for number, file in enumerate(self._files):
+            if self._limit is not None and not left and number:
+                return
+            rest = min(left, file.rows)
+            left -= rest
+            if not rest:
+                yield Piece(file.schema.empty_table(), True, True, number)
+            for table, ends_group in file.tables(rows) if rest else ():
+                part = table.slice(0, rest)
+                rest -= part.num_rows
+                if part.num_rows:
+                    yield Piece(part, ends_group or not rest, not rest, number)
+                if not rest:
+                    break
+
+
+def filesystem_of(where: str) -> tuple[pa.fs.FileSystem, str]:
+    """Give the file system that a path or an fsspec URL is on, and the path there.
+
+    Raises
+    ------
+    ConfigurationError
+        fsspec or its backend is missing, or knows no such scheme.
+    """
+    scheme, separator, rest = where.partition("://")
+    if not separator or scheme in ("file", "local"):
+        return pa.fs.LocalFileSystem(), os.path.expanduser(rest if separator else where)
+    try:
+        from fsspec.core import url_to_fs
+
+        remote, path = url_to_fs(where)
+    except ImportError as error:
+        raise ConfigurationError(
+            f"{where} needs fsspec and its backend for {scheme}://: pip install 'llmframe-pandas[fs]'"
+        ) from error
+    except ValueError as error:
+        raise ConfigurationError(f"{where} cannot be reached: {error}") from error
+    return pa.fs.PyFileSystem(pa.fs.FSSpecHandler(remote)), path
+
+
+def _found(where: str) -> tuple[pa.fs.FileSystem, list[str], str | None]:
+    """Find the files, sorted, and the directory that they are in, where there may be many."""
+    filesystem, path = filesystem_of(where)
+    try:
+        if glob.has_magic(path):
+            return filesystem, *_matching(filesystem, path, where)
+        info = filesystem.get_file_info(path)
+        if info.type == pa.fs.FileType.Directory:
+            names = [each.path for each in filesystem.get_file_info(pa.fs.FileSelector(path, recursive=True))]
+            files = [name for name in names if _is_table(os.path.relpath(name, path))]
+            if not files:
+                raise ConfigurationError(
+                    f"no {', '.join(FORMATS)} file is in {where}; name a file or another directory"
+                )
+            return filesystem, sorted(files), path
+    except (OSError, pa.ArrowException) as error:
+        raise ConfigurationError(f"{where} cannot be listed: {error}") from error
+    if info.type == pa.fs.FileType.NotFound:
+        raise ConfigurationError(f"there is no {where}; name a parquet, csv or jsonl file, a directory or a glob")
+    return filesystem, [path], None
+
+
+def _matching(filesystem: pa.fs.FileSystem, path: str, where: str) -> tuple[list[str], str]:
+    if isinstance(filesystem, pa.fs.LocalFileSystem):
+        files = [each for each in glob.glob(path, recursive=True) if os.path.isfile(each)]
+    else:
+        files = filesystem.handler.fs.glob(path)
+    if not files:
+        raise ConfigurationError(f"nothing matches {where}; name a parquet, csv or jsonl file, a directory or a glob")
+    plain = []
+    for step in path.split("/")[:-1]:
+        if glob.has_magic(step):
+            break
+        plain.append(step)
+    return sorted(files), "/".join(plain) or "."
+
+
+def _is_table(name: str) -> bool:
+    """Whether a file in a directory is one of the source's: not what Spark, or a checkpoint, keeps beside them."""
+    steps = PurePosixPath(name.replace(os.sep, "/"))
+    hidden = any(step.startswith((".", "_")) or step.endswith(".checkpoint") for step in steps.parts)
+    return not hidden and steps.suffix in FORMATS
+
+
+def _opened(path: str, filesystem: pa.fs.FileSystem, conditions: Sequence[str]) -> _Parquet | _Text:
+    form = FORMATS.get(PurePosixPath(path).suffix, "parquet")
+    words = {"json": "JSON lines"}.get(form, form)
+    try:
+        return (_Parquet if form == "parquet" else _Text)(path, filesystem, conditions, form)
+    except (OSError, pa.ArrowException) as error:
+        raise ConfigurationError(f"{path} cannot be read as {words}: {str(error).splitlines()[0]}") from error
+
+
+class _Parquet:
+    """A parquet file; row groups that a condition rules out are not read."""
+
+    def __init__(self, path: str, filesystem: pa.fs.FileSystem, conditions: Sequence[str], form: str) -> None:
+        self._file = pq.ParquetFile(path, filesystem=filesystem, pre_buffer=False)
+        self.schema = self._file.schema_arrow
+        self._filter = _filter(conditions, self.schema)
+        self._groups = list(range(self._file.num_row_groups))
+        self.rows = self._file.metadata.num_rows
+        if self._filter is not None:
+            table = ds.dataset(path, format=form, filesystem=filesystem)
+            kept = [fragment.subset(filter=self._filter) for fragment in table.get_fragments()]
+            self._groups = [group.id for fragment in kept for group in fragment.row_groups]
+            self.rows = table.count_rows(filter=self._filter)
+
+    def tables(self, rows: int) -> Iterator[tuple[pa.Table, bool]]:
+        for group in self._groups:
+            left = self._file.metadata.row_group(group).num_rows
+            for batch in self._file.iter_batches(rows, row_groups=[group]):
+                left -= batch.num_rows
+                # The reader leaves the file's own metadata out of its batches.
+                table = pa.Table.from_batches([batch], schema=self.schema)
+                yield table if self._filter is None else table.filter(self._filter), left == 0
+
+
+class _Text:
+    """A csv or JSON-lines file. Its types are those of its first megabyte, and have to hold to its end."""
+
+    def __init__(self, path: str, filesystem: pa.fs.FileSystem, conditions: Sequence[str], form: str) -> None:
+        self._table = ds.dataset(path, format=form, filesystem=filesystem)
+        self.schema = self._table.schema
+        self._filter = _filter(conditions, self.schema)
+        # Read once through: a line that does not parse is found before anything is paid.
+        self.rows = sum(batch.num_rows for batch in self._batches(TEXT_GROUP_ROWS))
+
+    def _batches(self, rows: int) -> Iterable[pa.RecordBatch]:
+        batches: Iterable[pa.RecordBatch] = self._table.to_batches(
+            filter=self._filter, batch_size=rows, batch_readahead=2, fragment_readahead=1
+        )
+        return batches
+
+    def tables(self, rows: int) -> Iterator[tuple[pa.Table, bool]]:
+        taken = 0
+        for batch in self._batches(rows):
+            taken += batch.num_rows
+            yield pa.Table.from_batches([batch], schema=self.schema), taken >= TEXT_GROUP_ROWS
+            taken %= TEXT_GROUP_ROWS
+
+
+def _filter(conditions: Sequence[str], schema: pa.Schema) -> ds.Expression | None:
+    return reduce(operator.and_, (_condition(text, schema) for text in conditions)) if conditions else None
+
+
+def _condition(text: str, schema: pa.Schema) -> ds.Expression:
+    said = _CONDITION.fullmatch(text)
+    if said is None:
+        raise ConfigurationError(
+            f"where={text!r} is no condition; write a column, an operator and a value: 'score > 1'"
+        )
+    name = said["column"]
+    if name not in schema.names:
+        near = get_close_matches(name, schema.names, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(schema.names)}"
+        raise ConfigurationError(f"where={text!r}: no column {name!r}; {hint}")
+    kind = schema.field(name).type
+    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    words = said["value"]
+    if len(words) > 1 and words[0] == words[-1] and words[0] in "'\"":
+        words = words[1:-1]
+    try:
+        if pa.types.is_string(plain) or pa.types.is_large_string(plain):
+            value = pa.scalar(words, plain)
+        elif pa.types.is_boolean(plain) or pa.types.is_integer(plain) or pa.types.is_floating(plain):
+            given = json.loads(words.lower())
+            if isinstance(given, bool) is not pa.types.is_boolean(plain):
+                raise ValueError(words)
+            # 1.5 is a bound for whole numbers too.
+            value = pa.scalar(given, None if isinstance(given, float) else plain)
+        elif pa.types.is_timestamp(plain):
+            moment = pd.Timestamp(words)
+            value = pa.scalar(moment.tz_localize(plain.tz) if plain.tz and moment.tz is None else moment, plain)
+        else:
+            value = pa.scalar(words).cast(plain)
+    except (ValueError, pa.ArrowException) as error:
+        raise ConfigurationError(f"where={text!r}: {words!r} is no value for a column of {plain}") from error
+    column = ds.field(name) if plain is kind else ds.field(name).cast(plain)
+    return OPERATORS[said["operator"]](column, value)
