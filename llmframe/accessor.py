@@ -16,6 +16,7 @@ from llmframe.options import Options, call_options, gather, method_takes_options
 from llmframe.planning import select
 from llmframe.prompts import Missing, Prompt, Prompts
 from llmframe.results import typed
+from llmframe.review import Review, review
 
 
 @pd.api.extensions.register_dataframe_accessor("llm")
@@ -177,6 +178,54 @@ class LLMFrame:
         (2, 26, 100, 6.4e-05)
         """
         return estimate(*self._call(prompt, keywords), sample=sample)
+
+    def review(
+        self,
+        output: str = "response",
+        prompt: Prompt | None = None,
+        *,
+        system: str | None = None,
+        rows: int = 20,
+        seed: int = 0,
+    ) -> Review:
+        """Look at a sample of answers beside what was sent for them; nothing is sent.
+
+        Parameters
+        ----------
+        output : str, default "response"
+            The response column. Rows that are ``skipped`` or ``pending`` are left out; for the failures alone, take
+            them first: ``out[out.response_status == "failed"].llm.review()``.
+        prompt : optional
+            As it was given to `complete`: each row's messages are shown. Without it, the row's columns.
+        system : str, optional
+            As it was given to `complete`.
+        rows : int, default 20
+            How many rows at most.
+        seed : int, default 0
+            Another one gives other rows.
+
+        Returns
+        -------
+        Review
+            It shows itself: a table with a box to search it in a notebook, lines elsewhere.
+
+        Raises
+        ------
+        ConfigurationError, TemplateError
+            The frame has no such column, or the prompt does not fit it.
+
+        Examples
+        --------
+        >>> out = pd.DataFrame({"text": ["hello"], "response": ["bonjour"], "response_status": ["ok"]})
+        >>> out.llm.review("response", "Translate: {text}")
+        <Review: 1 of 1 rows>
+        [0] ok: bonjour
+            user: Translate: hello
+        """
+        if prompt is None and system is not None:
+            raise ConfigurationError("system= shows nothing without the prompt; pass both as `complete` had them")
+        prompts = None if prompt is None else Prompts(self._frame, prompt, system=system)
+        return review(self._frame, output, prompts, rows=rows, seed=seed)
 
     def _call(self, prompt: Prompt, keywords: dict[str, Any]) -> tuple[Prompts, Options]:
         options = gather(keywords)
