@@ -24,6 +24,7 @@ from llmframe.lists import acomplete, complete
 from llmframe.options import configure
 from llmframe.report import Run
 from llmframe.results import Completion, Usage
+from llmframe.review import Review
 from llmframe.runner import last_run
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "LLMFrameError",
     "LLMFrameWarning",
     "LLMSeries",
+    "Review",
     "RowFailed",
     "Run",
     "SchemaError",

@@ -1,19 +1,20 @@
-"""The notebooks run from top to bottom, as committed, on the embedded model.
+"""The notebooks run from top to bottom, as committed, on the embedded model or the simulated endpoint.
 
-What the model itself says (the cells tagged so) differs from one kind of processor to the next, and is not compared.
+What the model itself says differs from one kind of processor to the next, and what the clock says from run to run: the
+cells tagged so are run, and not compared.
 """
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
-ROOT = Path(__file__).parent.parent
-SPEAKS = "the-model-speaks"
+from tests.notebooks import ROOT, execute
+
+VARY = {"the-model-speaks", "the-clock-speaks"}
+VOLATILE = {"execution", "widgets", "ExecuteTime", "collapsed", "scrolled"}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -21,7 +22,7 @@ def texts(notebook: nbformat.NotebookNode) -> list[str]:
     """What each code cell gave back, as text; what it printed about its progress left out."""
     given = []
     for cell in notebook.cells:
-        if cell.cell_type == "code" and SPEAKS not in cell.metadata.get("tags", []):
+        if cell.cell_type == "code" and not VARY & set(cell.metadata.get("tags", [])):
             for output in cell.outputs:
                 if output.output_type == "execute_result":
                     given.append(output.data["text/plain"])
@@ -33,11 +34,23 @@ def texts(notebook: nbformat.NotebookNode) -> list[str]:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_gives_what_it_shows(path: Path, tmp_path: Path) -> None:
     """Run in a copy, so that nothing of an earlier run is there to answer from."""
-    shutil.copytree(ROOT / "data", tmp_path / "data")
-    (tmp_path / "notebooks").mkdir()
     shown = nbformat.read(path, as_version=4)
     fresh = nbformat.from_dict(shown)
-    NotebookClient(
-        fresh, timeout=180, coalesce_streams=True, resources={"metadata": {"path": str(tmp_path / "notebooks")}}
-    ).execute()
+    execute(fresh, tmp_path)
     assert texts(fresh) == texts(shown)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_committed_with_its_outputs_and_nothing_that_changes_by_itself(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+    for metadata in (notebook.metadata, *(cell.metadata for cell in notebook.cells)):
+        assert not VOLATILE & set(metadata)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_opens_with_what_its_reader_will_be_able_to_do(path: Path) -> None:
+    opening = nbformat.read(path, as_version=4).cells[0]
+    assert opening.cell_type == "markdown"
+    assert "After this notebook you can" in opening.source

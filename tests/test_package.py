@@ -53,6 +53,7 @@ def test_what_is_public_is_pinned() -> None:
         "LLMFrameError",
         "LLMFrameWarning",
         "LLMSeries",
+        "Review",
         "RowFailed",
         "Run",
         "SchemaError",
