@@ -23,6 +23,7 @@ RATE, WINDOW, MARK = "#3b82c4", "#d9822b", "#c23030"
 SIZE_IN = (9.0, 2.9)
 NAMED = 12  # decisions told in words; more of them would cover the curve
 BINS = 40
+FEW = 5  # moments; a line through one of them cannot be seen
 
 
 def draw(timeline: pd.DataFrame, latencies_s: npt.NDArray[np.float64], axes: Any = None) -> npt.NDArray[np.object_]:
@@ -84,14 +85,16 @@ def _figure() -> Figure:
 
 def _draw_course(axes: Axes, timeline: pd.DataFrame) -> None:
     times = timeline["time_s"].to_numpy()
-    axes.plot(times, timeline["rate"], color=RATE, label="answers/s")
+    mark = "." if len(times) < FEW else ""
+    axes.plot(times, timeline["rate"], color=RATE, marker=mark, label="answers/s")
     axes.set_ylabel("answers/s", color=RATE)
     axes.set_ylim(bottom=0)
     flight = axes.twinx()
     flight.plot(times, timeline["window"], color=WINDOW, alpha=0.5, linestyle=":")
-    flight.plot(times, timeline["in_flight"], color=WINDOW)
+    flight.plot(times, timeline["in_flight"], color=WINDOW, marker=mark)
     flight.set_ylabel("in flight (dotted: the window)", color=WINDOW)
     flight.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
     decided = timeline[timeline["decision"] != ""]
     for moment in decided["time_s"]:
         axes.axvline(moment, color=MARK, alpha=0.35, linewidth=0.8)

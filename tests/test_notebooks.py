@@ -12,6 +12,7 @@ import nbformat
 import pytest
 
 from tests.notebooks import ROOT, execute
+from tests.server import SimulatedServer
 
 VARY = {"the-model-speaks", "the-clock-speaks"}
 VOLATILE = {"execution", "widgets", "ExecuteTime", "collapsed", "scrolled"}
@@ -54,3 +55,15 @@ def test_a_notebook_opens_with_what_its_reader_will_be_able_to_do(path: Path) ->
     opening = nbformat.read(path, as_version=4).cells[0]
     assert opening.cell_type == "markdown"
     assert "After this notebook you can" in opening.source
+
+
+@pytest.mark.parametrize("widgets", [True, False], ids=["widgets", "text"])
+def test_a_cell_has_its_bar_with_and_without_ipywidgets(server: SimulatedServer, tmp_path: Path, widgets: bool) -> None:
+    call = f'pd.DataFrame({{"a": ["x", "y"]}}).llm.complete("{{a}}", model="m", base_url={server.base_url!r}).shape'
+    cell = nbformat.v4.new_code_cell(f"import pandas as pd, llmframe\n{call}")
+    execute(nbformat.v4.new_notebook(cells=[cell]), tmp_path, widgets=widgets)
+    said = "".join(output.text for output in cell.outputs if output.output_type == "stream")
+    drawn = [output.data for output in cell.outputs if output.output_type == "display_data"]
+    assert ("2/2" in said) is not widgets
+    assert any("application/vnd.jupyter.widget-view+json" in data for data in drawn) is widgets
+    assert "Warning" not in said

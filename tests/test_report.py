@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 import llmframe
-from llmframe import Run
+from llmframe import Run, plots
 from llmframe.errors import ConfigurationError
 from tests.server import SimulatedServer
 
@@ -83,6 +84,13 @@ def test_the_plot_has_the_course_and_every_latency(server: SimulatedServer) -> N
     course, histogram = run(server, [f"row {number}" for number in range(50)]).plot()
     assert course.get_xlabel() == "seconds"
     assert sum(bar.get_height() for bar in histogram.patches) == 50
+
+
+def test_a_course_of_one_moment_can_be_seen(server: SimulatedServer) -> None:
+    moment = run(server, ["a"]).timeline.reindex([0]).assign(time_s=1.0, rate=5.0, decision="")
+    course, _ = plots.draw(moment, np.array([0.1]))
+    assert course.lines[0].get_marker() == "."
+    assert course.get_xlim()[0] == 0
 
 
 def test_the_plot_can_be_drawn_into_the_users_own_axes(server: SimulatedServer) -> None:

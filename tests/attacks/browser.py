@@ -77,7 +77,7 @@ def empty(path: Path, cells: list[str] | None = None) -> None:
 def run_all(page: Any) -> None:
     """Choose Run All Cells."""
     page.locator(".jp-Notebook").first.wait_for(timeout=PATIENCE_MS)
-    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for(timeout=PATIENCE_MS)
+    page.get_by_text("Python 3 (ipykernel) | Idle").first.wait_for(timeout=PATIENCE_MS)  # what is run before is lost
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
 
