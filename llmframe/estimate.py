@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,15 @@ class Estimate:
     prompts_by: str
     completions_by: str
     price_by: str
+
+    def __add__(self, other: Estimate) -> Estimate:
+        """Add the estimate of other rows of the same call; what is unknown of either is unknown of both."""
+        numbers: dict[str, Any] = {
+            each.name: None if None in (mine := (getattr(self, each.name), getattr(other, each.name))) else sum(mine)
+            for each in fields(self)
+            if not each.name.endswith("_by")
+        }
+        return replace(other if other.requests and not self.requests else self, **numbers)
 
     @property
     def batch_cost_usd(self) -> float | None:

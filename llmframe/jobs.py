@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import operator
 import os
 import time
 from collections import Counter, deque
@@ -25,6 +26,7 @@ import pyarrow as pa
 from llmframe import loops, runner
 from llmframe.checkpoint import Checkpoint, remove_checkpoint
 from llmframe.errors import ConfigurationError, Interrupted, LLMFrameError
+from llmframe.estimate import Estimate, estimate
 from llmframe.index import Index
 from llmframe.notices import say
 from llmframe.options import Options, check_count, gather, shows_options
@@ -38,6 +40,7 @@ from llmframe.sinks import Sink
 from llmframe.sources import Piece, Source
 
 PART_ROWS = 16_384  # of a part: enough to be worth a plan, few enough that two of them are small
+ESTIMATE_ROWS = 262_144  # of a part that is only counted
 UNDER_WAY = 2  # parts: while one has its last answers to come, the next is asked
 CHECKPOINT = ".checkpoint"  # is added to the sink's name
 
@@ -139,6 +142,19 @@ def run(
     return work.run(bar.draw, bar.close, partial=partial, clean=clean)
 
 
+def estimate_job(paths: Paths, prompt: Prompt, options: Options) -> Estimate:
+    """Say what a job would ask and cost; a request that two parts of a large source have is counted in both.
+
+    Raises
+    ------
+    ConfigurationError, TemplateError, SchemaError, CheckpointError
+        See `run`.
+    """
+    parts = Source(paths.source, paths.where, paths.limit).pieces(ESTIMATE_ROWS)
+    estimates = [estimate(prompts_of(piece.table, prompt, options), options) for piece in parts]
+    return functools.reduce(operator.add, estimates)
+
+
 def job_options(sink: str | os.PathLike[str], keywords: Mapping[str, Any]) -> Options:
     """Gather the keywords of a job, and refuse those that it cannot keep.
 
@@ -157,6 +173,12 @@ def job_options(sink: str | os.PathLike[str], keywords: Mapping[str, Any]) -> Op
         )
     beside = f"{os.fspath(sink).rstrip('/')}{CHECKPOINT}"
     return options if options.checkpoint is not None else replace(options, checkpoint=beside)
+
+
+def prompts_of(table: pa.Table, prompt: Prompt, options: Options) -> Prompts:
+    """Give what the rows of a table send."""
+    frame: pd.DataFrame = table.to_pandas()
+    return Prompts(frame, prompt, system=options.system, examples=options.examples, na=options.na)
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,7 +319,7 @@ class Work:
         if clean and not self.total.counts.keys() & {"failed", "pending"}:
             assert self.options.checkpoint is not None
             remove_checkpoint(self.options.checkpoint)
-        return self._outcome()
+        return self.outcome()
 
     async def _execute(self, *, asking: bool = True) -> None:
         """Ask for every part, and write each when it and all before it are whole."""
@@ -332,7 +354,8 @@ class Work:
                 self._sink.close()
             await asyncio.shield(loops.in_thread(lambda: checkpoint.close(tidy=whole)))
 
-    def _outcome(self) -> JobResult:
+    def outcome(self) -> JobResult:
+        """Give what came of it, so far."""
         total = self.total
         counts: dict[str, int] = {status: total.counts[status] for status in STATUSES if total.counts[status]}
         where = os.fspath(self.options.checkpoint or "")
@@ -356,10 +379,7 @@ class Work:
         return error
 
     def _prompts(self, table: pa.Table) -> Prompts:
-        options = self.options
-        frame: pd.DataFrame = table.to_pandas()
-        keywords: dict[str, Any] = {"system": options.system, "examples": options.examples, "na": options.na}
-        return Prompts(frame, self._prompt, **keywords)
+        return prompts_of(table, self._prompt, self.options)
 
     def _prepare(self, piece: Piece) -> _Part:
         prompts = self._prompts(piece.table)
@@ -503,4 +523,4 @@ def _metadata(source: Mapping[bytes, bytes] | None, new: Mapping[bytes, bytes]) 
     return kept
 
 
-__all__ = ["JobResult", "Paths", "Total", "Work", "job_options", "run"]
+__all__ = ["JobResult", "Paths", "Total", "Work", "estimate_job", "job_options", "run"]

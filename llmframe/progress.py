@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import TqdmWarning
 
-from llmframe.notices import wanted
+from llmframe.notices import say, wanted
 
 if TYPE_CHECKING:
     from llmframe.options import Options
@@ -26,6 +26,7 @@ with warnings.catch_warnings():
     from tqdm.auto import tqdm
 
 DRAW_S = 0.5  # as often as a person can read it
+LINE_S = 10.0  # a log is read afterwards
 RATE_S = 10.0  # what rows/s is taken over: long enough to be steady, short enough to show a stall
 BLOCKS = 3  # columns for the bar itself, where the words leave no more
 TITLE = 20  # characters of the output's name
@@ -133,6 +134,28 @@ class Bar:
         room = columns - taken if isinstance(columns, int) else math.inf
         self._bar.n = state.rows_done
         self._bar.bar_format = _layout(words(state, rate=(state.rows_done - before) / (now - then), room=room))
+
+
+class Lines:
+    """Progress where there is no terminal: a plain line every `LINE_S`, for the log of whoever runs the job."""
+
+    def __init__(self, state: Going) -> None:
+        self._state = state
+        self._said = time.monotonic()
+        self._before = state.rows_done
+
+    def draw(self) -> None:
+        """Say how it is getting on, where that is due."""
+        now = time.monotonic()
+        if now - self._said >= LINE_S:
+            rate = (self._state.rows_done - self._before) / (now - self._said)
+            self._said, self._before = now, self._state.rows_done
+            say(words(self._state, rate=rate), quiet=False)
+
+    def close(self) -> None:
+        """Say the last state, with the rate over the whole run."""
+        seconds = max(self._state.seconds, 1e-9)
+        say(words(self._state, rate=self._state.rows_done / seconds), quiet=False)
 
 
 class _Tqdm(tqdm):  # type: ignore[type-arg]

@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from llmframe.cli import agreement, main
+from llmframe.cli import main
+from llmframe.cli_demo import agreement
 from tests.server import SimulatedServer
 
 REVIEWS = [

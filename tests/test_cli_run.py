@@ -1,0 +1,182 @@
+"""Jobs from the shell: exit statuses, what is printed where, and how a scheduler stops one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from llmframe.cli import main
+from tests.server import SimulatedServer
+
+
+@pytest.fixture
+def here(tmp_path: Path, server: SimulatedServer, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with ten rows in it, and an endpoint that answers."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+    monkeypatch.setenv("LLMFRAME_MODEL", "m")
+    pd.DataFrame({"text": [f"row {n}" for n in range(10)], "score": range(10)}).to_parquet("in.parquet")
+    return tmp_path
+
+
+def run(*arguments: str) -> int:
+    return main(["run", "in.parquet", "out.parquet", *arguments])
+
+
+def test_a_job_whose_rows_are_all_answered_is_status_0(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("{text}") == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("10 ok; 10 requests in ")
+    assert printed.out.rstrip().endswith("written to out.parquet")
+    assert "10/10" in printed.err  # a plain line, since nobody watches
+    assert "\r" not in printed.err
+    assert pd.read_parquet("out.parquet")["response"].tolist() == [f"echo: row {n}" for n in range(10)]
+
+
+def test_json_is_one_line_of_figures(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("text", "--json", "--quiet") == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    (line,) = printed.out.splitlines()
+    said = json.loads(line)
+    assert said["counts"] == {"ok": 10}
+    assert said["requests"] == 10
+    assert said["checkpoint"] == "out.parquet.checkpoint"
+
+
+def test_rows_that_failed_are_status_3_and_it_says_where(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pd.DataFrame({"text": ["fine", "no model reads this. [[status=400]]"]}).to_parquet("in.parquet")
+    assert run("text", "--quiet") == 3
+    assert "1 failed of 2 rows; see response_status and response_error in out.parquet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "give the prompt as the third argument or with --prompt-file"),
+        (("{txt}",), "did you mean 'text'"),
+        (("text", "--prompt-file", "ask.txt"), "one of the two"),
+        (("--prompt-file", "ask.txt"), "ask.txt cannot be read"),
+        (("text", "--schema", "no.json"), "no.json cannot be read as JSON"),
+        (("text", "--schema", "nothing:Model"), "nothing:Model cannot be imported"),
+        (("text", "--schema", "alone"), "is no file.json, module:Model or list of labels"),
+        (("text", "--where", "score"), "is no condition"),
+        (("text", "--param", "stream=true"), "stream= has no meaning here"),
+        (("text", "--max-cost", "1"), "max_cost= needs a price"),
+    ],
+)
+def test_wrong_use_is_status_2_and_one_line(
+    here: Path, server: SimulatedServer, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str
+) -> None:
+    assert run(*arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("llmframe: ")
+    assert said in err
+    assert err.count("\n") == 1
+    assert server.stats().received == 0
+
+
+@pytest.mark.parametrize("arguments", [["--param", "temperature"], ["--limit", "0"], ["--na", "drop"], ["--nonsense"]])
+def test_a_flag_that_cannot_be_is_wrong_use(here: Path, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run("text", *arguments)
+    assert caught.value.code == 2
+
+
+def test_flags_are_the_keywords_of_complete(here: Path) -> None:
+    Path("ask.txt").write_text("Is it good? {text} [[label=yes]]")
+    flags = [
+        "--prompt-file",
+        "ask.txt",
+        "--schema",
+        "yes,no",
+        "--output",
+        "good",
+        "--details",
+        "--param",
+        "temperature=0",
+    ]
+    assert run(*flags, "--where", "score >= 4", "--where", "score < 8", "--limit", "3", "--max-concurrency", "2") == 0
+    out = pd.read_parquet("out.parquet")
+    assert out["good"].tolist() == ["yes"] * 3
+    assert out["score"].tolist() == [4, 5, 6]
+    assert "good_latency_s" in out
+
+
+def test_a_model_beside_the_job_is_a_schema(here: Path) -> None:
+    Path("shapes_of_a_job.py").write_text("from pydantic import BaseModel\nclass Out(BaseModel):\n    name: str\n")
+    assert run("text", "--schema", "shapes_of_a_job:Out", "--limit", "2", "--quiet") == 0
+    assert pd.read_parquet("out.parquet")["response_name"].notna().all()
+
+
+def test_a_dry_run_sends_and_writes_nothing(
+    here: Path, server: SimulatedServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("text", "--dry-run") == 0
+    assert "to ask" in capsys.readouterr().out
+    assert run("text", "--dry-run", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["requests"] == 10
+    assert server.stats().received == 0
+    assert {path.name for path in here.iterdir()} == {"in.parquet"}
+
+
+def test_a_stop_is_status_4_and_the_same_command_goes_on(
+    here: Path, server: SimulatedServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.configure(status_all=401)
+    assert run("text", "--json", "--quiet") == 4
+    printed = capsys.readouterr()
+    assert "the same job goes on from out.parquet.checkpoint" in printed.err
+    assert json.loads(printed.out)["stopped"]
+    server.reset()
+    assert run("text") == 0
+
+
+def test_sigterm_is_a_clean_stop_within_5_s(here: Path, server: SimulatedServer) -> None:
+    server.configure(latency_s=0.5, slots=2)
+    command = [sys.executable, "-m", "llmframe.cli", "run", "in.parquet", "out.parquet", "text", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    server.wait_for(answered=4)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate()
+    assert time.monotonic() - began < 5
+    assert process.returncode == 4, err
+    assert "Traceback" not in err
+    answered = json.loads(out)["usage"]["completion_tokens"]
+    assert answered > 0
+    assert not Path("out.parquet").exists()
+    received = server.stats().answered
+    server.configure()
+    assert run("text", "--quiet") == 0
+    assert server.stats().answered == 10 or server.stats().answered - received <= 6
+
+
+def test_inspect_shows_what_a_checkpoint_holds(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pd.DataFrame({"text": ["fine", "bad [[status=400]]", "worse [[status=413]]"]}).to_parquet("in.parquet")
+    run("Say: {text}", "--quiet", "--param", "temperature=0")
+    capsys.readouterr()
+    assert main(["inspect", "out.parquet.checkpoint"]) == 0
+    out = capsys.readouterr().out
+    assert "3 requests: " in out
+    assert "2 failed" in out
+    assert "Say: {text}" in out
+    assert '"temperature": 0' in out or '"temperature":0' in out
+    assert "1 x " in out
+    assert main(["inspect", "nowhere"]) == 2
+
+
+def test_export_writes_a_checkpoint_as_parquet(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("text", "--quiet")
+    assert main(["export", "out.parquet.checkpoint", "answers.parquet"]) == 0
+    assert sorted(pd.read_parquet("answers.parquet")["text"]) == [f"echo: row {n}" for n in range(10)]
+    assert main(["export", "out.parquet.checkpoint", "nowhere/answers.parquet"]) == 2
+    assert "nowhere/answers.parquet cannot be written" in capsys.readouterr().err
