@@ -136,7 +136,7 @@ def review(
     taken = frame.iloc[chosen]
     if prompts is None:
         own = [name for name in frame.columns if name != output and not str(name).startswith(f"{output}_")]
-        sent = [_columns(own, values) for values in taken[own].itertuples(index=False, name=None)]
+        sent = [_columns(own, values) for values in _each_row(taken, own)]
     else:
         sent = [_messages(made) for made in prompts.render(chosen)]
     details = ("prompt_tokens", "completion_tokens")
@@ -157,13 +157,18 @@ def review(
             taken.index.tolist(),
             sent,
             taken[output].tolist(),
-            taken[properties].itertuples(index=False, name=None) if properties else [()] * len(taken),
+            _each_row(taken, properties),
             _cells(taken, f"{output}_status"),
             _cells(taken, f"{output}_error"),
             strict=True,
         )
     ]
     return Review(output, len(asked), tuple(reviewed))
+
+
+def _each_row(frame: pd.DataFrame, names: list[str]) -> list[tuple[Any, ...]]:
+    # pandas 2.2 gives no tuple at all, not an empty one per row, when there are no columns
+    return list(frame[names].itertuples(index=False, name=None)) if names else [()] * len(frame)
 
 
 def _cells(frame: pd.DataFrame, name: str) -> list[Any]:
