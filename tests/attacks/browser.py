@@ -47,6 +47,10 @@ def lab(place: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1"]
     command += [f"--ServerApp.port={port}", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={place}"]
     home = {name: str(place / ".jupyter") for name in ("JUPYTER_CONFIG_DIR", "JUPYTERLAB_SETTINGS_DIR", "IPYTHONDIR")}
+    # All of a notebook is in the page: by itself, JupyterLab keeps only what is on the screen.
+    settings = place / ".jupyter" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text('{"windowingMode": "none"}')
     with open(place / "lab.log", "wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | home)
     try:
