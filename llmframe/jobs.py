@@ -239,6 +239,12 @@ class Total:
         return self.done + sum(each.state.rows_done for each in tuple(self.under_way))
 
     @property
+    def rows_a_request(self) -> float:
+        """Rows that one request answers, on average, in the parts under way."""
+        states = [each.state for each in tuple(self.under_way)]
+        return sum(state.rows for state in states) / max(1, sum(len(state.plan.first) for state in states))
+
+    @property
     def usage(self) -> Usage:
         """Tokens paid."""
         return sum((each.state.usage for each in tuple(self.under_way)), self.paid)

@@ -151,6 +151,15 @@ class Pacer:
         """When the endpoint was found to be down; None while it is not."""
         return self._outage.since
 
+    def takes_s(self, requests: float) -> float:
+        """Say how long so many more requests take at least, by the limits that are known."""
+        sent = max(1.0, self._history.requests)
+        tokens = requests * self._history.tokens / sent
+        known = [requests / self._refusals.rate, self._requests.takes_s(requests), self._tokens.takes_s(tokens)]
+        known += [cap.takes_s(requests) for cap in self._request_caps]
+        known += [cap.takes_s(tokens) for cap in self._token_caps]
+        return max(known)
+
     # -- what happens
 
     def wait_s(self, now: float, tokens: int) -> float:

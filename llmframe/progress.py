@@ -52,6 +52,11 @@ class Going(Protocol):
         ...
 
     @property
+    def rows_a_request(self) -> float:
+        """Rows that one request answers, on average."""
+        ...
+
+    @property
     def usage(self) -> Usage:
         """Tokens paid."""
         ...
@@ -166,6 +171,13 @@ def _layout(text: str) -> str:
     return f"{{desc}}|{{bar}}| {text}"
 
 
+def _remaining_s(state: Going, rate: float) -> float:
+    # What a full bucket lets through at first is not what the limit allows for long.
+    rows = state.rows - state.rows_done
+    known_s = state.pacer.takes_s(rows / max(1.0, state.rows_a_request)) if state.pacer is not None else 0.0
+    return max(rows / rate, known_s)
+
+
 def words(state: Going, *, rate: float, room: float = math.inf) -> str:
     """Say how a run is getting on, in the columns there are.
 
@@ -181,7 +193,7 @@ def words(state: Going, *, rate: float, room: float = math.inf) -> str:
     going = state.ended is None
     tokens = state.usage.prompt_tokens + state.usage.completion_tokens
     limit = state.pacer.limited_by if state.pacer is not None and going else ""
-    remaining_s = (state.rows - state.rows_done) / rate if rate > 0 else None
+    remaining_s = _remaining_s(state, rate) if rate > 0 else None
     # In the order they are read, each with its weight.
     said = [(9, f"{state.rows_done:,}/{state.rows:,}")]
     if not going:

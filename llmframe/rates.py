@@ -49,6 +49,10 @@ class Cap:
         self._entries.append((now, amount))
         self._total += amount
 
+    def takes_s(self, amount: float) -> float:
+        """Say how long so much takes at least, in all."""
+        return max(0.0, self._total + amount - self._most) * self._span_s / self._most
+
 
 def request_caps(rpm: float | None) -> list[Cap]:
     """Build the caps of requests a minute: the minute's, and each second's share of it."""
@@ -89,6 +93,10 @@ class Allowance:
         if self.known:
             self._refill(now)
             self._level -= amount
+
+    def takes_s(self, amount: float) -> float:
+        """Say how long so much takes at least, in all."""
+        return max(0.0, amount - self._level) / self.rate if self.known and self.rate else 0.0
 
     def learn(
         self,

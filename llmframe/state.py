@@ -79,6 +79,11 @@ class State:
         return int((self.plan.request_of >= 0).sum())
 
     @property
+    def rows_a_request(self) -> float:
+        """Rows that one request answers, on average."""
+        return self.rows / max(1, len(self.plan.first))
+
+    @property
     def sent(self) -> int:
         """Requests sent so far."""
         return self.tally.sent

@@ -353,6 +353,18 @@ def test_what_limits_is_named() -> None:
     assert pacer.limited_by == ""  # nobody has asked since
 
 
+def test_what_is_left_takes_at_least_what_the_known_limits_allow() -> None:
+    pacer = Pacer(Caps(), 0.0)
+    assert pacer.takes_s(1000) == 0.0
+    pacer.sent(0.0, 10)
+    told = RateHeaders(600, 100, 50.0, None, None, None)
+    pacer.answered(1.0, latency_s=1.0, reserved=10, used=None, headers=told)
+    assert pacer.takes_s(100) == pytest.approx(0.0, abs=0.2)
+    assert pacer.takes_s(1100) == pytest.approx(100.0, abs=0.2)
+    assert Pacer(Caps(rpm=60), 0.0).takes_s(600) == pytest.approx(600 * 1.02, abs=2)
+    assert Pacer(Caps(max_concurrency=1), 0.0).takes_s(600) == 0.0
+
+
 def test_tokens_that_run_out_are_named() -> None:
     pacer = Pacer(Caps(), 0.0)
     pacer.sent(0.0, 100)

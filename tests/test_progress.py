@@ -137,7 +137,8 @@ def state(**values: Any) -> State:
         "ended": None,
         "usage": Usage(1_000_000, 200_000),
         "cost_usd": 0.1234,
-        "pacer": SimpleNamespace(limited_by="requests/min"),
+        "rows_a_request": 1.0,
+        "pacer": SimpleNamespace(limited_by="requests/min", takes_s=lambda requests: requests / 1000),
         "sent": 1_300,
         "in_flight": 64,
         "failures": Counter({"timeout": 3, "server error": 20}),
@@ -171,6 +172,12 @@ def test_a_run_that_stands_still_says_so_and_promises_no_end() -> None:
 
 def test_a_run_that_has_ended_says_how_long_it_took_and_no_more_what_limits_it() -> None:
     assert words(ended=12.0, room=60) == "1,234/3,708, in 00:12, 103/s, $0.1234, 20 x server error"
+
+
+def test_the_time_left_is_what_the_limit_allows_and_not_what_a_full_bucket_let_through() -> None:
+    known = SimpleNamespace(limited_by="requests/min", takes_s=lambda requests: requests / 10)
+    assert "04:07 left, 103/s" in words(pacer=known)
+    assert "02:03 left, 103/s" in words(pacer=known, rows_a_request=2.0)
 
 
 def test_a_slow_run_says_its_rate_with_two_digits() -> None:
