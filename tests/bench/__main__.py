@@ -1,77 +1,37 @@
-"""``python -m tests.bench``: llmframe beside 32 in flight, 128 in flight and bare aiohttp, on simulated servers.
+"""``python -m tests.bench``: every case of the engine's table, measured beside what it must reach.
 
-The machine's speed drifts, so what counts are the ratios within one case. ``--rows`` scales the cases.
+With words, only the cases whose names contain one of them: ``python -m tests.bench headers slots``. What is printed is
+a table in markdown. It wants the machine for itself; all cases together take about ten minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import time
-from dataclasses import dataclass, field
-from typing import Any
 
-from tests.bench.ways import Way, by_aiohttp, by_gather, by_llmframe
-from tests.server import SimulatedServer
+from tests.bench.cases import CASES
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A server, and how many rows it is asked for."""
-
-    name: str
-    rows: int
-    behaviour: dict[str, Any]
-    ways: dict[str, Way] = field(
-        default_factory=lambda: {
-            "AsyncOpenAI + gather, 32": by_gather(32),
-            "AsyncOpenAI + gather, 128": by_gather(128),
-            "bare aiohttp, 128": by_aiohttp(128),
-        }
-    )
-
-
-CASES = (
-    Case("answers at once", 10_000, {}),
-    Case("50 ms each", 8_000, {"latency_s": 0.05}),
-    Case("64 slots x 0.3 s, queues without limit", 3_000, {"latency_s": 0.3, "slots": 64}),
-    Case(
-        "6,000 requests/min, 0.3 s each, with headers",
-        1_500,
-        {
-            "latency_s": 0.3,
-            "latency_sigma": 0.3,
-            "requests_per_min": 6000,
-            "request_burst": 100,
-            "rate_headers": "openai",
-            "retry_after": "seconds",
-        },
-    ),
-)
-
-
-def main() -> None:
-    """Run every case through every way, and print the figures."""
+def main() -> int:
+    """Run the cases, and say whether all of them reached what they must."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("names", nargs="*", help="words of the cases to run (default: all)")
     parser.add_argument("--rows", type=float, default=1.0, help="times the rows of each case (default 1)")
-    scale = parser.parse_args().rows
+    parser.add_argument("--list", action="store_true", help="name the cases and run none")
+    chosen = parser.parse_args()
     os.environ.setdefault("OPENAI_API_KEY", "sk-bench")
-    print(f"{'':42}{'seconds':>9}{'rows/s':>9}{'CPU ms/row':>12}{'refused':>9}{'lost':>6}")
-    for case in CASES:
-        rows = max(1, int(case.rows * scale))
-        prompts = [f"row {number}: is this review positive or negative?" for number in range(rows)]
-        print(f"{case.name}, {rows:,} rows")
-        for name, way in {"llmframe": by_llmframe, **case.ways}.items():
-            with SimulatedServer(**case.behaviour, log=False) as server:
-                cpu_before = time.process_time()
-                seconds, answered = way(server.base_url, prompts)
-                cpu_ms = (time.process_time() - cpu_before) * 1000 / rows
-                stats = server.stats()
-            print(
-                f"  {name:40}{seconds:9.2f}{rows / seconds:9,.0f}{cpu_ms:12.2f}{stats.refused:9,}{rows - answered:6,}",
-                flush=True,
-            )
+    wanted = [case for case in CASES if not chosen.names or any(word in case.name for word in chosen.names)]
+    if chosen.list:
+        print(*(case.name for case in wanted), sep="\n")
+        return 0
+    print("| case | figure | required | measured | reached |\n| --- | --- | --- | --- | --- |", flush=True)
+    missed = 0
+    for case in wanted:
+        for figure in case.figures(max(1, int(case.rows * chosen.rows))):
+            missed += not figure.reached
+            print(figure.row(case.name), flush=True)
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import aiohttp
+import httpx2
 import openai
 import pandas as pd
 
@@ -30,6 +31,24 @@ def by_llmframe(base_url: str, prompts: list[str]) -> tuple[float, int]:
             "text", model=MODEL, base_url=base_url, checkpoint=directory, progress=False
         )
         return time.perf_counter() - began, int((out["response_status"] == "ok").sum())
+
+
+def by_llmframe_with_own_transport(base_url: str, prompts: list[str]) -> tuple[float, int]:
+    """The same with a client whose `http_client` is the user's, which only the SDK can send through."""
+
+    async def ask_all() -> int:
+        frame = pd.DataFrame({"text": prompts})
+        limits = httpx2.Limits(max_connections=128, max_keepalive_connections=128)
+        async with openai.AsyncOpenAI(
+            base_url=base_url, api_key="sk-bench", http_client=httpx2.AsyncClient(limits=limits)
+        ) as client:
+            out = await llmframe.LLMFrame(frame).acomplete(
+                "text", model=MODEL, client=client, checkpoint=directory, progress=False
+            )
+        return int((out["response_status"] == "ok").sum())
+
+    with tempfile.TemporaryDirectory() as directory:
+        return _timed(ask_all())
 
 
 def by_gather(in_flight: int) -> Way:
