@@ -69,6 +69,8 @@ class Moment:
         Mean of the answers since the entry before; NaN where none came.
     decision : str
         What was decided; empty for a mere look at the clock.
+    allowed : float
+        Requests a second that the limits known by then let through for long; infinite where none was.
     """
 
     time_s: float
@@ -78,6 +80,7 @@ class Moment:
     refused: int
     latency_s: float
     decision: str
+    allowed: float
 
 
 class Pacer:
@@ -151,10 +154,21 @@ class Pacer:
         """When the endpoint was found to be down; None while it is not."""
         return self._outage.since
 
+    @property
+    def allowed(self) -> float:
+        """Requests a second that the known limits let through for long; infinite where none is known."""
+        each = self._history.tokens / max(1.0, self._history.requests) or 1.0  # tokens
+        known = [self._refusals.rate, *(cap.rate for cap in self._request_caps)]
+        known += [cap.rate / each for cap in self._token_caps]
+        if self._requests.known:
+            known.append(self._requests.rate)
+        if self._tokens.known:
+            known.append(self._tokens.rate / each)
+        return min(known)
+
     def takes_s(self, requests: float) -> float:
         """Say how long so many more requests take at least, by the limits that are known."""
-        sent = max(1.0, self._history.requests)
-        tokens = requests * self._history.tokens / sent
+        tokens = requests * self._history.tokens / max(1.0, self._history.requests)
         known = [requests / self._refusals.rate, self._requests.takes_s(requests), self._tokens.takes_s(tokens)]
         known += [cap.takes_s(requests) for cap in self._request_caps]
         known += [cap.takes_s(tokens) for cap in self._token_caps]
@@ -391,6 +405,7 @@ class Pacer:
             refused=int(self._history.refused),
             latency_s=(self._latencies_s - latencies_s) / came if came else math.nan,
             decision=decision,
+            allowed=self.allowed,
         )
         if len(self.timeline) >= MOMENTS:
             decisions = sum(bool(each.decision) for each in self.timeline)

@@ -26,13 +26,13 @@ BINS = 40
 FEW = 5  # moments; a line through one of them cannot be seen
 
 
-def draw(timeline: pd.DataFrame, latencies_s: npt.NDArray[np.float64], axes: Any = None) -> npt.NDArray[np.object_]:
+def draw(course: pd.DataFrame, latencies_s: npt.NDArray[np.float64], axes: Any = None) -> npt.NDArray[np.object_]:
     """Draw the answers a second and the requests in flight over time, and a histogram of the latencies.
 
     Parameters
     ----------
-    timeline : DataFrame
-        As `Run.timeline` gives it.
+    course : DataFrame
+        A `Moment` a row.
     latencies_s : array of float
         Of each answer, in seconds.
     axes : sequence of two Axes, optional
@@ -50,25 +50,24 @@ def draw(timeline: pd.DataFrame, latencies_s: npt.NDArray[np.float64], axes: Any
     """
     if axes is None:
         axes = _figure().subplots(1, 2, width_ratios=(2.2, 1))
-    course, histogram = axes
-    _draw_course(course, timeline)
-    _draw_latencies(histogram, latencies_s)
+    _draw_course(axes[0], course)
+    _draw_latencies(axes[1], latencies_s)
     made = np.empty(2, object)
-    made[:] = course, histogram
+    made[:] = axes[0], axes[1]
     return made
 
 
-def svg(timeline: pd.DataFrame, latencies_s: npt.NDArray[np.float64]) -> str | None:
+def svg(course: pd.DataFrame, latencies_s: npt.NDArray[np.float64]) -> str | None:
     """Give the same picture as SVG for an HTML page; None where matplotlib is not there."""
     try:
         import matplotlib as mpl
     except ImportError:
         return None
-    course, _ = draw(timeline, latencies_s)
+    drawn, _ = draw(course, latencies_s)
     file = io.StringIO()
     # Text as text: a tenth of the size, and it can be found on the page. No date: the same run is the same page.
     with mpl.rc_context({"svg.fonttype": "none"}):
-        course.figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        drawn.figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()
     return text[text.index("<svg") :]
 
@@ -83,19 +82,22 @@ def _figure() -> Figure:
     return Figure(figsize=SIZE_IN, layout="constrained")
 
 
-def _draw_course(axes: Axes, timeline: pd.DataFrame) -> None:
-    times = timeline["time_s"].to_numpy()
+def _draw_course(axes: Axes, course: pd.DataFrame) -> None:
+    times = course["time_s"].to_numpy()
     mark = "." if len(times) < FEW else ""
-    axes.plot(times, timeline["rate"], color=RATE, marker=mark, label="answers/s")
-    axes.set_ylabel("answers/s", color=RATE)
+    axes.plot(times, course["rate"], color=RATE, marker=mark, label="answers/s")
+    allowed = course["allowed"].to_numpy(dtype=float)
+    known = np.where(np.isfinite(allowed), allowed, np.nan)
+    axes.plot(times, known, color=MARK, linestyle="--", linewidth=1, drawstyle="steps-post", label="limit")
+    axes.set_ylabel("answers/s (dashed: the limit)" if np.isfinite(known).any() else "answers/s", color=RATE)
     axes.set_ylim(bottom=0)
     flight = axes.twinx()
-    flight.plot(times, timeline["window"], color=WINDOW, alpha=0.5, linestyle=":")
-    flight.plot(times, timeline["in_flight"], color=WINDOW, marker=mark)
+    flight.plot(times, course["window"], color=WINDOW, alpha=0.5, linestyle=":")
+    flight.plot(times, course["in_flight"], color=WINDOW, marker=mark)
     flight.set_ylabel("in flight (dotted: the window)", color=WINDOW)
     flight.set_ylim(bottom=0)
     axes.set_xlim(left=0)
-    decided = timeline[timeline["decision"] != ""]
+    decided = course[course["decision"] != ""]
     for moment in decided["time_s"]:
         axes.axvline(moment, color=MARK, alpha=0.35, linewidth=0.8)
     for moment, words in decided[["time_s", "decision"]].head(NAMED).itertuples(index=False):

@@ -27,6 +27,11 @@ class Cap:
         self._entries: deque[tuple[float, float]] = deque()
         self._total = 0.0
 
+    @property
+    def rate(self) -> float:
+        """How much a second it lets through."""
+        return self._most / self._span_s
+
     def wait_s(self, now: float, amount: float) -> float:
         """Say how long so much must wait."""
         entries = self._entries
@@ -51,7 +56,7 @@ class Cap:
 
     def takes_s(self, amount: float) -> float:
         """Say how long so much takes at least, in all."""
-        return max(0.0, self._total + amount - self._most) * self._span_s / self._most
+        return max(0.0, self._total + amount - self._most) / self.rate
 
 
 def request_caps(rpm: float | None) -> list[Cap]:

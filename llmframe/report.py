@@ -90,6 +90,10 @@ class Run:
         ``in_flight`` and ``window`` (requests), ``rate`` (answers a second), ``refused`` (with 429, since its line was
         opened) and ``latency_s`` are of the endpoint, whichever runs share it.
         """
+        return self._course().drop(columns="allowed")
+
+    def _course(self) -> pd.DataFrame:
+        """Give the timeline with what the limits allowed, for the picture."""
         state, pacer = self._state, self._state.pacer
         names = [column.name for column in fields(Moment)]
         moments = [] if pacer is None else [astuple(moment) for moment in tuple(pacer.timeline)]
@@ -110,8 +114,8 @@ class Run:
         Returns
         -------
         array of two Axes
-            Answers a second and requests in flight over time with the engine's decisions, and a histogram of the
-            latencies in seconds. ``axes[0].figure`` is the figure.
+            Answers a second and requests in flight over time, with the engine's decisions and the limit it knew of,
+            and a histogram of the latencies in seconds. ``axes[0].figure`` is the figure.
 
         Raises
         ------
@@ -124,7 +128,7 @@ class Run:
         >>> len(llmframe.last_run().plot())
         2
         """
-        return plots.draw(self.timeline, self._state.outcomes.latencies_s(), axes)
+        return plots.draw(self._course(), self._state.outcomes.latencies_s(), axes)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write the report as one file that needs nothing else: no script, nothing from elsewhere.
@@ -147,8 +151,8 @@ class Run:
         Path(path).write_text(page(self._repr_html_()), encoding="utf-8")
 
     def _repr_html_(self) -> str:
-        timeline, latencies_s = self.timeline, self._state.outcomes.latencies_s()
-        picture = plots.svg(timeline, latencies_s) if len(latencies_s) else None
+        course, latencies_s = self._course(), self._state.outcomes.latencies_s()
+        picture = plots.svg(course, latencies_s) if len(latencies_s) else None
         return fragment(repr(self).strip("<>"), self._figures(), self._troubles(), picture)
 
     def _figures(self) -> list[list[Figure]]:
@@ -160,7 +164,7 @@ class Run:
         rows += [
             Figure("from the checkpoint", f"{sources['checkpoint']:,}"),
             Figure("duplicates", f"{sources['duplicate']:,}"),
-            Figure("asked", f"{sources['request']:,}"),
+            Figure("from requests", f"{sources['request']:,}"),
         ]
         paid = [
             Figure("prompt tokens", f"{usage.prompt_tokens:,}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def test_the_report_says_what_came_of_the_rows_and_what_it_took(server: Simulate
     said = figures(page)
     assert said["rows ok"] == "4"
     assert said["rows failed"] == "1"
-    assert (said["from the checkpoint"], said["duplicates"], said["asked"]) == ("1", "1", "2")
+    assert (said["from the checkpoint"], said["duplicates"], said["from requests"]) == ("1", "1", "2")
     assert (said["requests sent"], said["failed: request"]) == ("3", "1")
     assert float(said["USD"]) == pytest.approx(llmframe.last_run().cost_usd, abs=1e-4)
     assert said["prompt tokens"] == str(llmframe.last_run().usage.prompt_tokens)
@@ -87,10 +88,20 @@ def test_the_plot_has_the_course_and_every_latency(server: SimulatedServer) -> N
 
 
 def test_a_course_of_one_moment_can_be_seen(server: SimulatedServer) -> None:
-    moment = run(server, ["a"]).timeline.reindex([0]).assign(time_s=1.0, rate=5.0, decision="")
+    moment = run(server, ["a"]).timeline.reindex([0]).assign(time_s=1.0, rate=5.0, decision="", allowed=math.inf)
     course, _ = plots.draw(moment, np.array([0.1]))
     assert course.lines[0].get_marker() == "."
     assert course.get_xlim()[0] == 0
+
+
+def test_a_known_limit_is_marked_and_an_unknown_one_is_not(server: SimulatedServer) -> None:
+    run(server, ["a"])
+    assert "limit" not in llmframe.last_run().plot()[0].get_ylabel()
+    server.change(requests_per_min=600, rate_headers="openai")
+    run(server, [f"row {i}" for i in range(300)])
+    course, _ = llmframe.last_run().plot()
+    assert course.get_ylabel() == "answers/s (dashed: the limit)"
+    assert np.nanmax(course.lines[1].get_ydata()) == pytest.approx(10, rel=0.01)
 
 
 def test_the_plot_can_be_drawn_into_the_users_own_axes(server: SimulatedServer) -> None:

@@ -59,7 +59,7 @@ def lab(place: Path) -> Iterator[str]:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token={token}").close()
                 break
             time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token={token}"
+        yield f"http://127.0.0.1:{port}/lab/tree/{{}}?reset&token={token}"  # no tabs of before
     finally:
         process.terminate()
         process.wait(30)
@@ -82,8 +82,13 @@ def run_all(page: Any) -> None:
     """Choose Run All Cells."""
     page.locator(".jp-Notebook").first.wait_for(timeout=PATIENCE_MS)
     page.get_by_text("Python 3 (ipykernel) | Idle").first.wait_for(timeout=PATIENCE_MS)  # what is run before is lost
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    empty = page.locator(".jp-CodeCell .jp-InputPrompt").get_by_text("[ ]:")
+    while True:
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        page.wait_for_timeout(2000)
+        if not empty.count():
+            return
 
 
 def quickstart(page: Any, address: str, pictures: Path) -> None:
