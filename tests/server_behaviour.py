@@ -41,10 +41,11 @@ FAULTS = (
     "empty_choices",
     "no_usage",
     "error_in_200",
+    "429",
 )
 """What can befall a request by chance, each under the knob `p_<name>`."""
 
-BEFORE_WORK = frozenset({"500", "503", "reset", "hang", "html", "status"})
+BEFORE_WORK = frozenset({"429", "500", "503", "reset", "hang", "html", "status"})
 """Faults of whatever stands before the model: they take neither a slot nor the latency, unless `faults_hold_slots`."""
 
 
@@ -83,8 +84,9 @@ class Behaviour:
     p_500, p_503, p_reset, p_hang, p_html, p_truncated_body, p_bad_json : float
         The probability of an error 500 or 503, a TCP reset, no answer ever, a web page with status 200, a body that
         ends too early, a body that is not JSON. A request has one fault at most: the sum is at most 1.
-    p_empty_choices, p_no_usage, p_error_in_200 : float
-        The same for an answer without choices, one without usage (it counts as answered), an error with status 200.
+    p_empty_choices, p_no_usage, p_error_in_200, p_429 : float
+        The same for an answer without choices, one without usage (it counts as answered), an error with status 200,
+        a refusal without a limit behind it.
     p_slow, slow_s : float
         The probability that an answer takes `slow_s` seconds instead of its latency.
     faults_hold_slots : bool
@@ -137,6 +139,7 @@ class Behaviour:
     p_empty_choices: float = 0.0
     p_no_usage: float = 0.0
     p_error_in_200: float = 0.0
+    p_429: float = 0.0
     faults_hold_slots: bool = False
     status_all: int | None = None
     error_code: str | None = None

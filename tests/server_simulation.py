@@ -491,8 +491,8 @@ class Simulation:
             number, _, code = directives["status"].partition(":")
             self._fail(exchange, int(number), code or USUAL_CODES.get(int(number)))
             return
-        if fault in {"500", "503"}:
-            self._fail(exchange, int(fault), None)
+        if fault in {"429", "500", "503"}:
+            self._fail(exchange, int(fault), USUAL_CODES.get(int(fault)))
             return
         if fault == "reset":
             self._end(exchange, 0, fault)
