@@ -224,10 +224,10 @@ def kill(
             outcome.faults.append(f"the process beside it left {len(missing)} answers out: {sorted(missing)[:3]}")
 
     keys = {content_key({"model": MODEL, "messages": [{"role": "user", "content": t}]}): t for t in attack.texts}
-    answered_s: dict[str, list[float]] = {}
+    received_s: dict[str, list[float]] = {}
     for request in server.requests():
         if request.outcome == "answered":
-            answered_s.setdefault(request.text, []).append(request.received_s + LATENCY_S)
+            received_s.setdefault(request.text, []).append(request.received_s)
     before = {keys[key]: count for key, count in server.answered_by_content().items()}
     outcome.on_disk = len(on_disk)
 
@@ -239,7 +239,7 @@ def kill(
     if lost := {text for text in on_disk if times[text] > before.get(text, 0)}:
         outcome.faults.append(f"{len(lost)} answers that were on disk were asked again: {sorted(lost)[:3]}")
     if survivor is None:
-        outcome.oldest_s = max((_age_s(answered_s[text], times[text], killed_s) for text in again), default=0.0)
+        outcome.oldest_s = max((_age_s(received_s[text], times[text], killed_s) for text in again), default=0.0)
     if outcome.oldest_s > (JUST_BEFORE_A_PUT_S if store.startswith("s3://") else JUST_BEFORE_S):
         outcome.faults.append(f"an answer {outcome.oldest_s:.2f} s old at the kill was not on disk")
     if missing := set(attack.texts) - times.keys():
@@ -251,10 +251,15 @@ def kill(
     return outcome
 
 
-def _age_s(answered_s: Sequence[float], times: int, killed_s: Sequence[float]) -> float:
-    """Give the greatest time between an answer that was asked again and the next kill after it."""
-    lost = sorted(answered_s)[: times - 1]  # the last answer is the one that was kept
-    return max(min((kill_s - each for kill_s in killed_s if kill_s >= each), default=0.0) for each in lost)
+def _age_s(received_s: Sequence[float], times: int, killed_s: Sequence[float]) -> float:
+    """Give the greatest age at the next kill of an answer that was asked again; 0 of one that was still in flight.
+
+    A busy server may answer what it has before it sees that nobody is there any more, so the request's time decides
+    which kill it met.
+    """
+    lost = sorted(received_s)[: times - 1]  # the last answer is the one that was kept
+    kills = [(at_s, min((kill_s for kill_s in killed_s if kill_s >= at_s), default=at_s)) for at_s in lost]
+    return max(max(0.0, kill_s - at_s - LATENCY_S) for at_s, kill_s in kills)
 
 
 def _wait_for(moment: Moment, process: BaseProcess, marks: Any, server: SimulatedServer, already: int) -> None:

@@ -8,6 +8,7 @@ The server answers after 5 ms from a process of its own; what is measured is the
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import sys
 import tempfile
@@ -29,6 +30,8 @@ MB = 1e6
 MOST_OVER_MB = 1000.0  # memory beyond the frame's own, at a million rows
 MOST_FILES = 12  # a handful of small parts, and those that are large enough to stay as they are
 MOST_RESUME_S = 60.0
+LEAST_SPEED = 0.9  # rows/s of the last tenth, of those of the first
+LOOK_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,8 @@ class Measured:
         What pandas says that the frame and the result take.
     rows, answered, requests : int
         Of the result; that are ``ok``; that were sent.
+    tenths : list of (float, float)
+        Rows a second in each tenth of the rows, and rows a second of this process's CPU time.
     """
 
     seconds: float
@@ -56,6 +61,7 @@ class Measured:
     rows: int
     answered: int
     requests: int
+    tenths: list[tuple[float, float]]
 
     @property
     def over_mb(self) -> float:
@@ -82,7 +88,8 @@ def make_call(url: str, rows: int, directory: str, measured: Any) -> None:
     frame_mb = float(frame.memory_usage(deep=True, index=True).sum()) / MB
     before = resident_mb()
     over = threading.Event()
-    watcher = threading.Thread(target=_report, args=(over, Path(directory)), daemon=True)
+    course: list[tuple[int, float, float]] = []
+    watcher = threading.Thread(target=_report, args=(over, Path(directory), course), daemon=True)
     watcher.start()
     began, cpu = time.monotonic(), time.process_time()
     out = llmframe.LLMFrame(frame).complete(
@@ -104,15 +111,30 @@ def make_call(url: str, rows: int, directory: str, measured: Any) -> None:
             len(out),
             int((out["response_status"] == "ok").sum()),
             llmframe.last_run().requests,
+            _tenths(course, rows),
         )
     )
 
 
-def _report(over: threading.Event, directory: Path) -> None:
+def _tenths(course: list[tuple[int, float, float]], rows: int) -> list[tuple[float, float]]:
+    """Give the speed of each tenth, from the first row on."""
+    asked = [moment for moment in course if moment[0]]
+    marks = [next((moment for moment in asked if moment[0] >= rows * n / 10), None) for n in range(11)]
+    return [
+        ((end[0] - start[0]) / (end[1] - start[1]), (end[0] - start[0]) / (end[2] - start[2]))
+        for start, end in itertools.pairwise(mark for mark in marks if mark is not None)
+        if end[1] > start[1]
+    ]
+
+
+def _report(over: threading.Event, directory: Path, course: list[tuple[int, float, float]]) -> None:
     began, then, done = time.monotonic(), time.monotonic(), 0
-    while not over.wait(REPORT_S):
+    while not over.wait(LOOK_S):
         now, run = time.monotonic(), runner._last
         rows = 0 if run is None else run._state.rows_done
+        course.append((rows, now, time.process_time()))
+        if now - then < REPORT_S:
+            continue
         files, size = files_in(directory)
         print(
             f"  {now - began:6.0f} s {rows:9,} rows {(rows - done) / (now - then):7,.0f} rows/s "
@@ -164,11 +186,16 @@ def main() -> int:
             f"{server_cpu_s / first.rows * 1e3:.3f} ms the server's; {files} files, {size / MB:,.1f} MB",
             flush=True,
         )
+        print("  rows/s by tenths: " + ", ".join(f"{speed:,.0f}" for speed, _ in first.tenths))
+        print("  rows/s of CPU time: " + ", ".join(f"{speed:,.0f}" for _, speed in first.tenths))
         again = in_a_process(server.base_url, chosen.rows, directory)
         _say("the same call after it", again)
+    by_clock, by_cpu = (first.tenths[-1][n] / first.tenths[0][n] for n in range(2))
     bounds = [
         (first.answered == chosen.rows, f"{first.answered:,} of {chosen.rows:,} rows answered"),
         (first.over_mb <= chosen.over_mb, f"{first.over_mb:,.0f} MB over the frame's own, at most {chosen.over_mb:,g}"),
+        (by_clock >= LEAST_SPEED, f"the last tenth at {by_clock:.2f} of the first's rows/s, at least {LEAST_SPEED}"),
+        (by_cpu >= LEAST_SPEED, f"the same in rows a second of CPU time: {by_cpu:.2f}, at least {LEAST_SPEED}"),
         (files <= MOST_FILES, f"{files} files, at most {MOST_FILES}"),
         (again.requests == 0 and again.answered == chosen.rows, f"{again.requests} requests to resume, at most 0"),
         (again.seconds <= MOST_RESUME_S, f"{again.seconds:.1f} s to resume, at most {MOST_RESUME_S:.0f}"),

@@ -29,12 +29,12 @@ from typing import Any, Literal
 
 import openai
 import pandas as pd
+import pytest
 from pydantic import BaseModel
 
 import llmframe
 from llmframe import loops
 from llmframe.endpoint import KEEPALIVE_S
-from llmframe.lines import KEPT
 from tests.attacks.load import files_in, resident_mb
 from tests.server import SimulatedServer
 from tests.server_behaviour import FAULTS
@@ -44,9 +44,10 @@ CHANCE = 0.01  # of each fault
 LATENCY_S, SLOW_S, TIMEOUT_S = 0.005, 0.3, 1.0
 KEYS_LAST = 5  # rounds on one key, and so on one line
 REPORT_S = 30.0
-OBJECTS = 0.02  # what a count may differ by without having grown: a cache fills, a line has more connections
+WITHIN = {"objects": 0.02, "sockets": 0.15, "descriptors": 0.15, "connections": 0.15}
+"""What a median may be above the other without having grown, as a share: the kept lines' windows differ."""
 MEMORY_MB = 8.0  # the same for resident memory: pages that the allocator keeps
-FEW = 6  # the same for tasks, threads, sockets, files
+FEW = 6  # the same for tasks, threads, files, and for sockets when all connections have been idle
 MOST_FILES = 12  # of a checkpoint that every tenth round goes on with
 
 
@@ -211,41 +212,48 @@ class Soak:
 
         pressing = threading.Thread(target=press)
         pressing.start()
+        stopped: BaseException | None = None
         try:
             self._call(frame, checkpoint=runs, max_concurrency=8)
             pressing.join()
             time.sleep(0.1)  # too late: it comes between two lines of this
-        except llmframe.Interrupted as error:
-            assert error.frame is not None
-            saved = llmframe.read_checkpoint(runs)["status"] == "ok"
-            assert saved.sum() == (error.frame["response_status"] == "ok").sum()
-            self.interrupted += 1
-        except KeyboardInterrupt:
-            pass
+        except KeyboardInterrupt as error:
+            stopped = error
         pressing.join()
+        if isinstance(stopped, llmframe.Interrupted):
+            assert stopped.frame is not None
+            saved = llmframe.read_checkpoint(runs)["status"] == "ok"
+            assert saved.sum() == (stopped.frame["response_status"] == "ok").sum()
+            self.interrupted += 1
         self._call(frame, checkpoint=runs)
         shutil.rmtree(runs)
 
     def sdk_client(self) -> None:
-        """A client of the user's own, which is sent through the SDK."""
-        client = openai.OpenAI(
-            base_url=self._server.base_url, api_key=f"sk-own-{self._rounds}", default_query={"api-version": "1"}
+        """A client of the user's own that is more than its address, and so is sent through: by turns of either kind.
+
+        What hangs in a thread ends with the client's own timeout; nobody can call it back.
+        """
+        kind = (openai.OpenAI, openai.AsyncOpenAI)[self._rounds // len(self.kinds) % 2]
+        client = kind(
+            base_url=self._server.base_url,
+            api_key=f"sk-own-{self._rounds}",
+            default_query={"api-version": "1"},
+            timeout=2 * TIMEOUT_S,
         )
         frame = self._frame()
         out = frame.llm.complete("{text}", model="m", client=client, progress=False, timeout=TIMEOUT_S)
         self._check(frame, out)
-        client.close()
+        if isinstance(client, openai.OpenAI):
+            client.close()
+        else:
+            asyncio.run(client.close())
 
     def wrong_key(self) -> None:
         """The run ends at once, with what it has."""
         self._server.change(require_key="another")
-        try:
+        with pytest.raises(llmframe.EndpointError):
             self._call(self._frame(), checkpoint=self._place / "runs")
-            raise AssertionError("a wrong key was taken")
-        except llmframe.EndpointError as error:
-            assert error.frame is not None
-        finally:
-            self._server.change(require_key=None)
+        self._server.change(require_key=None)
         shutil.rmtree(self._place / "runs")
 
     def unfit(self) -> None:
@@ -265,7 +273,7 @@ def grown(course: list[Held]) -> Iterator[tuple[bool, str]]:
     before, after = course[third : 2 * third], course[-third:]
     for field in fields(Held):
         was, now = (statistics.median(getattr(held, field.name) for held in part) for part in (before, after))
-        most = {"memory_mb": was + MEMORY_MB, "objects": was * (1 + OBJECTS)}.get(field.name, was + FEW)
+        most = was + {"memory_mb": MEMORY_MB}.get(field.name, was * WITHIN[field.name] if field.name in WITHIN else FEW)
         yield now <= most, f"{field.name}: {was:,.0f} before, {now:,.0f} after, at most {most:,.0f}"
 
 
@@ -294,13 +302,19 @@ def main() -> int:
                 print(f"  {kind} took {now - at:.0f} s", flush=True)
             if now - said > REPORT_S or len(course) == 1:
                 said = now
-                print(f"  {now - began:5.0f} s, {len(course)} rounds, {soak.rows:,} rows: {_row(course[-1])}", flush=True)
+                print(
+                    f"  {now - began:5.0f} s, {len(course)} rounds, {soak.rows:,} rows: {_row(course[-1])}", flush=True
+                )
         stats = server.stats()
         print(f"{len(course)} rounds, {soak.rows:,} rows, {soak.interrupted} interrupts, {stats.received:,} requests")
         met = {"refused": stats.refused, "abandoned": stats.abandoned, **stats.failed}
         print("faults met: " + ", ".join(f"{count:,} {name}" for name, count in met.items()))
-        print(f"a line keeps its connections {KEEPALIVE_S:.0f} s, and {KEPT} idle ones are kept")
-    held = list(grown(course))
+        held = list(grown(course))
+        time.sleep(2 * KEEPALIVE_S)  # by then every line has let go of its connections
+        idle = Held.now(server, place)
+        print(f"  idle: {_row(idle)}")
+        held.append((idle.sockets <= FEW, f"{idle.sockets} sockets when idle, at most {FEW}"))
+        held.append((idle.tasks == 0, f"{idle.tasks} tasks when idle, at most 0"))
     for kept, said_ in held:
         print(f"{'kept  ' if kept else 'BROKEN'} {said_}")
     return 0 if all(kept for kept, _ in held) else 1
