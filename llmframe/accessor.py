@@ -43,6 +43,10 @@ class LLMFrame:
         history : column name, optional
             A column of message arrays that each row's turn goes on from; in the result it has grown by the turn and
             its answer, so that the next call continues the conversation. It is made where the frame has none.
+        images : column name or list of them, optional
+            What goes beside each row's text, one thing or a list in a cell: ``http(s)://`` URLs as they are; paths,
+            bytes, PIL images and arrays (height, width, channels) of uint8 or of floats from 0 to 1 as data URLs. A PDF
+            goes as a file, WAV and MP3 as audio. A file that cannot be read is its row's error.
         model : str
             The model's name; ``"local"`` is the embedded one. Else `configure`, else ``LLMFRAME_MODEL``.
         schema : list of labels, pydantic model or dict, optional
@@ -235,6 +239,7 @@ class LLMFrame:
             system=options.system,
             examples=options.examples,
             history=options.history,
+            images=options.images,
             na=options.na,
         )
         return prompts, options
@@ -269,8 +274,9 @@ class LLMSeries:
         if not isinstance(prompt, str) or "{" not in prompt:
             raise TemplateError(f"the prompt {prompt!r:.60} has no {{}} for the value, as in 'Translate: {{}}'")
         options = gather(keywords)
-        if options.history is not None:
-            raise ConfigurationError("history= is a column of a frame; write series.to_frame().llm.complete(...)")
+        for name in ("history", "images"):
+            if getattr(options, name) is not None:
+                raise ConfigurationError(f"{name}= is a column of a frame; write series.to_frame().llm.complete(...)")
         # The values are a column without a name, which is what {} and {:.2f} name.
         frame = self._series.to_frame("")
         prompts = Prompts(frame, prompt, system=options.system, examples=options.examples, na=options.na)

@@ -39,7 +39,7 @@ class Asking:
     schema : Schema, optional
         What the answers have to fit.
     messages_of : callable
-        Gives a request's messages by its number.
+        Gives a request's messages by its number; None where a file that they hold is gone.
     tell : callable
         Is told, once at each step, that the endpoint does not take a form.
     repairs : bool
@@ -50,7 +50,7 @@ class Asking:
         self,
         requests: Requests,
         schema: Schema | None,
-        messages_of: Callable[[int], Messages],
+        messages_of: Callable[[int], Messages | None],
         tell: Callable[[str], None],
         *,
         repairs: bool = True,
@@ -76,7 +76,8 @@ class Asking:
             return None
         said = (read_output(payload) if self._requests.api == "responses" else read_choices(payload)) or []
         text = said[0].text if said else None
-        if not text:
+        messages = self._messages_of(number) if text else None
+        if not text or messages is None:
             return None
         words = f"{completion.error}. Answer again."
         if self.form == "json_schema":  # else it is in the prompt
@@ -84,11 +85,14 @@ class Asking:
         own = {"role": "assistant", "content": well_formed(text)}
         turns = self._turns.setdefault(number, [])
         turns += [own, *user(words)]
-        return self.body([*self._messages_of(number), *turns])
+        return self.body([*messages, *turns])
 
     def fallen_back(self, number: int, form: Form, failure: Failure) -> bytes | None:
         """Give the body for an endpoint that refused the form of a request; None where that is not what it refused."""
         if self._schema is None or failure.http not in _UNSUPPORTED or not _FORM.search(failure.message):
+            return None
+        messages = self._messages_of(number)
+        if messages is None:
             return None
         if form == self.form:
             step = NEXT.get(form)
@@ -97,7 +101,7 @@ class Asking:
             self.form = step
             way = "json_object with the schema in the prompt" if step == "json_object" else "the schema in the prompt"
             self._tell(f"the endpoint does not take {form} ({failure.message:.160}); going on with {way}")
-        return self.body(self._messages_of(number))
+        return self.body(messages)
 
     def _told(self, messages: Messages) -> Messages:
         """Put the schema into the last user turn, where it is not enforced: some models refuse a system turn."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from llmframe.errors import ConfigurationError
 from llmframe.prices import PriceOf
+from llmframe.requests import text_bytes
 from llmframe.results import Usage
 
 PICO = 10**12  # USD are counted in whole trillionths: sums are exact, and what is set aside comes back to the last one
@@ -97,7 +98,7 @@ class Bound:
         No vocabulary in use makes more than one token of a byte, and the JSON around a text takes more bytes than a
         chat format takes tokens; what comes on top is what the server adds of its own.
         """
-        prompt = len(body) + TEMPLATE_TOKENS + sum(tokens * body.count(mark) for mark, tokens in PART_TOKENS)
+        prompt = text_bytes(body) + TEMPLATE_TOKENS + sum(tokens * body.count(mark) for mark, tokens in PART_TOKENS)
         dearest = Cost.of(Usage(prompt, self.completion_tokens), self.price)
         if self.price is None:
             return dearest

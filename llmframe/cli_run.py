@@ -27,7 +27,7 @@ examples:
 exit status: 0 every row ok or skipped, 2 wrong use, 3 some rows neither, 4 stopped (run it again to go on)"""
 
 # Keywords of `complete` that a shell can say, with the type of each and what its value is called.
-WORDS = ("system", "model", "output", "checkpoint", "base_url")
+WORDS = ("system", "images", "model", "output", "checkpoint", "base_url")
 NUMBERS = {"rpm": float, "tpm": float, "max_cost": float, "timeout": float}
 COUNTS = ("max_concurrency", "max_tokens_total", "max_attempts")
 CHOICES = {"api": ("chat", "responses"), "na": ("skip", "raise", "keep")}

@@ -24,7 +24,7 @@ from llmframe.limits import rate_headers, retry_after_s
 from llmframe.lines import Line
 from llmframe.pacing import Caps
 from llmframe.replies import read_json, read_usage
-from llmframe.requests import Form
+from llmframe.requests import Form, text_bytes
 from llmframe.results import Completion, Usage, after
 from llmframe.timeouts import Timeout
 
@@ -269,7 +269,7 @@ class Crew:
             self._finish_if_done()
             return None
         self._open += 1
-        tokens = len(body) // BYTES_A_TOKEN + EXPECTED_TOKENS
+        tokens = text_bytes(body) // BYTES_A_TOKEN + EXPECTED_TOKENS
         form: Form = "json_schema" if self._ask_again is None else self._ask_again.form
         return Job(number, body, tokens, answered_before=self._tally.answered, form=form)
 
@@ -382,7 +382,7 @@ class Crew:
         """Send another body for a row, ahead of the rows that wait."""
         assert self._ask_again is not None
         job.body, job.form = body, self._ask_again.form
-        job.tokens = len(body) // BYTES_A_TOKEN + EXPECTED_TOKENS
+        job.tokens = text_bytes(body) // BYTES_A_TOKEN + EXPECTED_TOKENS
         self._due.append(job)
         self._hire()
 

@@ -149,8 +149,8 @@ def _look(prompts: Prompts, options: Options, enough: int) -> _Look:
     kept = {} if options.checkpoint is None or options.refresh else _kept(options, call.plan, call.schema)
     counter = counter_for(options.model)
     counted = _count(prompts, call.plan, counter)
-    asked = [number for number in range(len(counted)) if number not in kept]
-    unseen = _unseen(call.schema, call.params)
+    asked = [number for number in range(len(counted)) if number not in kept and number not in call.plan.unreadable]
+    unseen = _unseen(call.schema, call.params) + (["images"] if options.images else [])
     prompt_tokens, prompts_by = _prompt_tokens(counted, kept, asked, counter, unseen, enough)
     mean, completions_by = _completion_tokens(kept, call.params, enough)
     completion_tokens = None if mean is None else round(mean * len(asked))
@@ -191,9 +191,8 @@ def _kept(options: Options, plan: Plan, schema: Any) -> Mapping[int, Completion]
 
 def _count(prompts: Prompts, plan: Plan, counter: Counter) -> list[int]:
     counted = []
-    for messages in prompts.render(plan.first):
-        assert not isinstance(messages, Missing)
-        counted.append(counter.prompt(messages))
+    for messages in prompts.render(plan.first, for_key=True):
+        counted.append(0 if isinstance(messages, Missing) else counter.prompt(messages))
     return counted
 
 

@@ -178,7 +178,9 @@ def job_options(sink: str | os.PathLike[str], keywords: Mapping[str, Any]) -> Op
 def prompts_of(table: pa.Table, prompt: Prompt, options: Options) -> Prompts:
     """Give what the rows of a table send."""
     frame: pd.DataFrame = table.to_pandas()
-    return Prompts(frame, prompt, system=options.system, examples=options.examples, na=options.na)
+    return Prompts(
+        frame, prompt, system=options.system, examples=options.examples, images=options.images, na=options.na
+    )
 
 
 @dataclass(frozen=True, slots=True)

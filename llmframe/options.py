@@ -37,6 +37,7 @@ class Options:
     system: str | None
     examples: Iterable[tuple[str, str]] | None
     history: str | None
+    images: str | Sequence[str] | None
     model: str | None
     schema: Any
     output: str
@@ -105,6 +106,7 @@ def call_options(
     system: str | None = None,
     examples: Iterable[tuple[str, str]] | None = None,
     history: str | None = None,
+    images: str | Sequence[str] | None = None,
     model: str | None = None,
     schema: Any = None,
     output: str = "response",
@@ -145,12 +147,13 @@ FRAME_ONLY = (
     "system",
     "examples",
     "history",
+    "images",
     "output",
     "details",
     "where",
     "na",
 )  # what a list of message arrays has no use for
-LATER = ("images",)  # designed and not built: never to reach the API as its own
+LATER: tuple[str, ...] = ()  # designed and not built: never to reach the API as its own
 
 _configured: dict[str, Any] = {}
 

@@ -6,8 +6,9 @@ a column in the way costs nothing.
 
 from __future__ import annotations
 
+import hashlib
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import pandas as pd
 from llmframe.errors import ConfigurationError, SchemaError
 from llmframe.messages import kind
 from llmframe.options import Options
-from llmframe.prompts import Missing, Prompts
+from llmframe.prompts import Missing, Prompts, Unreadable
 from llmframe.requests import Requests, packed
 from llmframe.results import column_dtype, column_names, property_column, text_dtype, typed
 from llmframe.schemas import Schema
@@ -39,6 +40,8 @@ class Plan:
         Why a row sends none, by position.
     selected : array of bool
         The rows that the call is about.
+    unreadable : dict of int to str
+        Requests, by number, that cannot be sent, and why: they fail, and cost nothing.
     """
 
     request_of: npt.NDArray[np.intp]
@@ -46,6 +49,7 @@ class Plan:
     keys: npt.NDArray[np.void]
     skipped: dict[int, str]
     selected: npt.NDArray[np.bool_]
+    unreadable: dict[int, str] = field(default_factory=dict)
 
 
 def select(frame: pd.DataFrame, options: Options) -> npt.NDArray[np.bool_]:
@@ -157,7 +161,18 @@ def make_plan(prompts: Prompts, requests: Requests, selected: npt.NDArray[np.boo
     occurrences: dict[bytes, int] = {}
     # Without dedupe the n-th occurrence is counted over the whole frame, so that a mask changes no key.
     positions = np.flatnonzero(selected) if dedupe else np.arange(len(prompts))
-    for position, messages in zip(positions.tolist(), prompts.render(positions, wanted=selected), strict=True):
+    unreadable: dict[int, str] = {}
+    rendered = prompts.render(positions, wanted=selected, for_key=True)
+    for position, messages in zip(positions.tolist(), rendered, strict=True):
+        if isinstance(messages, Unreadable) and selected[position]:
+            key = hashlib.sha256(f"unreadable\n{messages.reason}".encode()).digest()
+            number = numbers.get(key)
+            if number is None:
+                number = numbers[key] = len(first)
+                first.append(position)
+                unreadable[number] = messages.reason
+            request_of[position] = number
+            continue
         if isinstance(messages, Missing):
             if selected[position]:
                 skipped[position] = messages.reason
@@ -175,7 +190,7 @@ def make_plan(prompts: Prompts, requests: Requests, selected: npt.NDArray[np.boo
             number = numbers[key] = len(first)
             first.append(position)
         request_of[position] = number
-    return Plan(request_of, np.array(first, dtype=np.intp), packed(numbers), skipped, selected)
+    return Plan(request_of, np.array(first, dtype=np.intp), packed(numbers), skipped, selected, unreadable)
 
 
 def output_dtypes(options: Options, schema: Schema | None) -> dict[str, Any]:

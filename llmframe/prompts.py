@@ -6,6 +6,7 @@ reaches a template as pandas holds it (an int stays an int).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -15,6 +16,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from llmframe.errors import ConfigurationError, TemplateError
+from llmframe.images import Attachment, CannotRead, attach, attachments_of
 from llmframe.messages import Messages, check_messages, kind, user, well_formed
 from llmframe.templates import Template, read_template
 
@@ -45,6 +47,11 @@ class Missing:
     """Why a row has no messages: a value that its prompt needs is missing."""
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable(Missing):
+    """Why a row has no messages though it names all that they need: a picture that cannot be read."""
 
 
 class Row(Values):
@@ -85,6 +92,8 @@ class Prompts:
     history : str, optional
         A column of message arrays that come before each row's own; a row without one, or a frame without the column,
         begins a conversation.
+    images : str or list of str, optional
+        Columns of what goes beside the text of each row's own turn; see `images`.
     na : {"skip", "raise", "keep"}
         What to do with a row where a value that it needs is missing.
 
@@ -102,6 +111,7 @@ class Prompts:
         system: str | None = None,
         examples: Iterable[tuple[str, str]] | None = None,
         history: str | None = None,
+        images: str | Sequence[str] | None = None,
         na: Na = "skip",
     ) -> None:
         if isinstance(frame.columns, pd.MultiIndex):
@@ -118,23 +128,32 @@ class Prompts:
         self._system = None if system is None else _read_system(system, self._names)
         self._examples = _read_examples(examples)
         self._history = history if history in self._labels else None
+        self._images = _read_images(images, self._names)
         self._maker = self._read_prompt(prompt)
         system_columns = self._system.columns if self._system else ()
-        self._reads = tuple(dict.fromkeys((*system_columns, *self._maker.reads, *self._before)))
-        self._needs = () if na == "keep" else tuple(dict.fromkeys((*system_columns, *self._maker.needs)))
+        before = () if self._history is None else (self._history,)
+        self._reads = tuple(dict.fromkeys((*system_columns, *self._maker.reads, *before, *self._images)))
+        needs = (*system_columns, *self._maker.needs, *self._images)
+        self._needs = () if na == "keep" else tuple(dict.fromkeys(needs))
         labels: list[Hashable] = list(frame.columns)
         for column in self._reads:
             count = labels.count(column)
             if count > 1:
                 raise TemplateError(f"column {column!r} appears {count} times in the frame; give each its own name")
-        self._made: dict[int, Messages | Missing] = {}
-        self.description = repr({"prompt": self._shown(prompt), "system": system, "examples": self._examples})
+        self._made: dict[int, Messages | None] = {}
+        self._files: dict[int, bytes] = {}  # by position: the digest of what a row's files held for its key
+        shown = {"prompt": self._shown(prompt), "system": system, "examples": self._examples}
+        self.description = repr(shown | ({"images": list(self._images)} if self._images else {}))
 
     def __len__(self) -> int:
         return len(self.frame)
 
     def render(
-        self, positions: npt.NDArray[np.intp] | None = None, *, wanted: npt.NDArray[np.bool_] | None = None
+        self,
+        positions: npt.NDArray[np.intp] | None = None,
+        *,
+        wanted: npt.NDArray[np.bool_] | None = None,
+        for_key: bool = False,
     ) -> Iterator[Messages | Missing]:
         """Give each row's messages.
 
@@ -144,6 +163,8 @@ class Prompts:
             Which rows, counted from 0, in which order; all of them without it.
         wanted : array of bool, optional
             By row of the frame; one that is not wanted is missing, and no error, where it cannot be rendered.
+        for_key : bool
+            As the key has them: a picture by its digest.
 
         Yields
         ------
@@ -161,7 +182,7 @@ class Prompts:
             chunk = positions[start : start + CHUNK]
             for position, row in zip(chunk.tolist(), self._rows(chunk), strict=True):
                 try:
-                    yield self._once(position, row) if self._maker.foreign else self._messages(row)
+                    yield self._messages(position, row, for_key)
                 except TemplateError as error:
                     if wanted is not None and not wanted[position]:
                         yield Missing(str(error))
@@ -177,21 +198,29 @@ class Prompts:
         for values in zip(*columns, strict=True):
             yield dict(zip(self._reads, values, strict=True))
 
-    def _once(self, position: int, row: Values) -> Messages | Missing:
+    def _own(self, position: int, row: Values) -> Messages | None:
+        if not self._maker.foreign:
+            return self._maker.make(row)
         # The key is made of the first call's answer, so what is sent has to be that answer too.
         if position not in self._made:
-            self._made[position] = self._messages(row)
+            self._made[position] = self._maker.make(row)
         return self._made[position]
 
-    def _messages(self, row: Values) -> Messages | Missing:
+    def _messages(self, position: int, row: Values, for_key: bool) -> Messages | Missing:
         for column in self._needs:
             if row[column] is None:
                 return self._missing(f"missing value in column {column!r}")
-        own = self._maker.make(row)
+        own = self._own(position, row)
         if own is None:
             if self._na != "keep":
                 return self._missing("the prompt function returned no prompt")
             own = user("")
+        if self._images:
+            try:
+                found = self._attachments(position, row)
+                own = attach(own, [one.named() if for_key else one.part() for one in found])
+            except CannotRead as error:
+                return Unreadable(str(error))
         earlier = self._goes_on(row)
         if earlier:
             if self._system is not None and earlier[0]["role"] in ("system", "developer"):
@@ -204,9 +233,17 @@ class Prompts:
         turn = next((n for n, message in enumerate(own) if message["role"] not in ("system", "developer")), len(own))
         return [*own[:turn], *self._examples, *own[turn:]]
 
-    @property
-    def _before(self) -> tuple[Hashable, ...]:
-        return () if self._history is None else (self._history,)
+    def _attachments(self, position: int, row: Values) -> list[Attachment]:
+        """Read what a row's message has beside its text."""
+        cells = [(row[column], column) for column in self._images if row[column] is not None]
+        found = [one for cell, column in cells for one in attachments_of(cell, column)]
+        names = "".join(one.name for one in found if one.from_file)
+        # What is sent has to be what the key is of, and a file may be written anew while its row waits.
+        if names:
+            digest = hashlib.sha256(names.encode()).digest()
+            if self._files.setdefault(position, digest) != digest:
+                raise CannotRead("a file of this row has changed since the run began; make the same call again")
+        return found
 
     def _goes_on(self, row: Values) -> Messages:
         """Give the conversation that a row goes on from."""
@@ -253,7 +290,7 @@ class Prompts:
     @property
     def _differs(self) -> bool:
         """Whether rows differ in more than their own turn."""
-        return self._history is not None or bool(self._system and self._system.columns)
+        return self._history is not None or bool(self._images) or bool(self._system and self._system.columns)
 
     def _from_column_or_template(self, text: str) -> _Maker:
         template = read_template(text, self._names)
@@ -367,6 +404,18 @@ def _columns(compiled: Any) -> Iterator[Hashable]:
     elif isinstance(compiled, list | dict):
         for part in compiled.values() if isinstance(compiled, dict) else compiled:
             yield from _columns(part)
+
+
+def _read_images(images: Any, names: Mapping[str, Hashable]) -> tuple[Hashable, ...]:
+    if images is None:
+        return ()
+    given = list(images) if isinstance(images, list | tuple) else [images]
+    for name in given:
+        if not isinstance(name, str):
+            raise TemplateError(f"images= is {kind(images)}; it has to be a column's name, or a list of them")
+        if name not in names:
+            raise TemplateError(f"images=: {TemplateError.unknown_column(name, names)}")
+    return tuple(dict.fromkeys(names[name] for name in given))
 
 
 def _read_system(system: Any, names: Mapping[str, Hashable]) -> Template:

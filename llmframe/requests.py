@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -36,6 +37,8 @@ PATHS: Mapping[Api, str] = {
 """Each API of an endpoint, by its path under the base URL."""
 
 _write = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+_PICTURE = re.compile(rb'(?<="url":)"data:image/[^"]*"|(?<="image_url":)"data:image/[^"]*"')  # no text has a bare quote
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -137,6 +140,13 @@ def _tail(params: Mapping[str, Any], response_format: Mapping[str, Any] | None, 
 def packed(keys: Iterable[bytes]) -> npt.NDArray[np.void]:
     """Give keys as one array: as objects of their own they would take three times the memory."""
     return np.frombuffer(b"".join(keys), f"V{KEY_BYTES}")
+
+
+def text_bytes(body: bytes) -> int:
+    """Give the bytes of a body that a model reads as text: all but the pictures that are written out in it."""
+    if b'":"data:image/' not in body:
+        return len(body)
+    return len(body) - sum(found.end() - found.start() for found in _PICTURE.finditer(body))
 
 
 def canonical(value: Any) -> bytes:

@@ -179,8 +179,14 @@ def open_checkpoint(prompts: Prompts, options: Options, call: Call, index: Index
 
 def ready(prompts: Prompts, options: Options, call: Call, checkpoint: Checkpoint | None) -> Prepared:
     """Put together what a run needs."""
+    state = State(prompts.frame, options, call.schema, call.plan, Outcomes(len(call.plan.keys)), prompts=prompts)
+    if call.plan.unreadable:
+        shared = rows_of(call.plan)
+        for number, reason in call.plan.unreadable.items():
+            state.outcomes.put(number, Completion(status="failed", error=reason))
+            state.rows_done += int(shared[number])
     return Prepared(
-        state=State(prompts.frame, options, call.schema, call.plan, Outcomes(len(call.plan.keys)), prompts=prompts),
+        state=state,
         prompts=prompts,
         requests=call.requests,
         endpoint=call.endpoint,
@@ -303,7 +309,7 @@ def recall(prepared: Prepared) -> int:
 def _tell(prepared: Prepared, found: int) -> None:
     """Say what the checkpoint holds before anything is asked."""
     state, checkpoint, quiet = prepared.state, prepared.checkpoint, prepared.quiet
-    total = len(state.plan.keys)
+    total = len(state.plan.keys) - len(state.plan.unreadable)
     if checkpoint is None:
         if total > WORTH_SAVING:
             say(
@@ -344,6 +350,9 @@ async def execute(prepared: Prepared) -> None:
     state, checkpoint = prepared.state, prepared.checkpoint
     whole = False
     try:
+        if state.plan.unreadable and state.options.on_error == "raise":
+            number, reason = next(iter(state.plan.unreadable.items()))
+            raise _row_failed(state, number, reason)
         asked = state.outcomes.pending()
         if len(asked):
             await ask(prepared, asked)
@@ -366,12 +375,13 @@ async def ask(prepared: Prepared, asked: npt.NDArray[np.intp]) -> None:
     line = await line_to(prepared.endpoint, prepared.policy.caps)
     state.pacer = line.pacer
     asking_again = _asking(prepared)
+    deliver = _deliverer(prepared)
     crew = Crew(
         line=line,
         endpoint=prepared.endpoint,
-        requests=_bodies(prepared, asked, asking_again),
+        requests=_bodies(prepared, asked, asking_again, deliver),
         read=_reader(prepared),
-        deliver=_deliverer(prepared),
+        deliver=deliver,
         policy=prepared.policy,
         tally=state.tally,
         ask=None if state.schema is None else asking_again,
@@ -410,10 +420,9 @@ async def _save(checkpoint: Checkpoint) -> None:
 def _asking(prepared: Prepared) -> Asking:
     state = prepared.state
 
-    def messages_of(number: int) -> Messages:
+    def messages_of(number: int) -> Messages | None:
         (messages,) = prepared.prompts.render(state.plan.first[[number]])
-        assert not isinstance(messages, Missing)
-        return messages
+        return None if isinstance(messages, Missing) else messages
 
     def tell(words: str) -> None:
         say(words, quiet=prepared.quiet)
@@ -421,12 +430,16 @@ def _asking(prepared: Prepared) -> Asking:
     return Asking(prepared.requests, state.schema, messages_of, tell, repairs=not state.options.several)
 
 
-def _bodies(prepared: Prepared, asked: npt.NDArray[np.intp], asking: Asking) -> Iterator[tuple[int, bytes]]:
+def _bodies(
+    prepared: Prepared, asked: npt.NDArray[np.intp], asking: Asking, deliver: Callable[[int, Completion], None]
+) -> Iterator[tuple[int, bytes]]:
     """Make each request as a worker asks for it."""
     positions = prepared.state.plan.first[asked]
     for number, messages in zip(map(int, asked), prepared.prompts.render(positions), strict=True):
-        assert not isinstance(messages, Missing)
-        yield number, asking.body(messages)
+        if isinstance(messages, Missing):  # a file that could be read for the key is gone, or another one
+            deliver(number, Completion(status="failed", error=messages.reason))
+        else:
+            yield number, asking.body(messages)
 
 
 def _reader(prepared: Prepared) -> Any:
@@ -467,13 +480,15 @@ def _deliverer(prepared: Prepared) -> Callable[[int, Completion], None]:
         if checkpoint is not None:
             checkpoint.add(state.plan.keys[number].tobytes(), completion)
         if completion.status == "failed" and state.options.on_error == "raise":
-            position = int(state.plan.first[number])
-            label = state.source.index[[position]].tolist()[0]  # Python's own type, as `tolist` gives it
-            raise RowFailed(
-                f"row {position} (label {label!r}) failed: {completion.error}", position=position, label=label
-            )
+            raise _row_failed(state, number, completion.error)
 
     return deliver
+
+
+def _row_failed(state: State, number: int, reason: str | None) -> RowFailed:
+    position = int(state.plan.first[number])
+    label = state.source.index[[position]].tolist()[0]  # Python's own type, as `tolist` gives it
+    return RowFailed(f"row {position} (label {label!r}) failed: {reason}", position=position, label=label)
 
 
 def _split_extras(params: Any) -> tuple[dict[str, Any], Extras]:

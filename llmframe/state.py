@@ -155,7 +155,8 @@ class State:
         answered &= np.array([texts[n] is not None or calls[n] is not None for n in numbers], dtype=bool)
         positions = np.flatnonzero(answered)
         for position, sent in zip(positions.tolist(), prompts.render(positions), strict=True):
-            assert not isinstance(sent, Missing)
+            if isinstance(sent, Missing):  # a picture of a row that was answered is gone
+                continue
             number = numbers[position]
             turn: Message = {"role": "assistant", "content": texts[number]}
             if calls[number] is not None:

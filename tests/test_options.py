@@ -26,6 +26,7 @@ DEFAULTS = {
     "system": None,
     "examples": None,
     "history": None,
+    "images": None,
     "model": None,
     "schema": None,
     "output": "response",
@@ -205,7 +206,7 @@ def test_one_typo_is_one_letter_added_left_out_replaced_or_swapped(word: str, kn
     assert _one_typo(word, known) == (word != known and word in set(typos(known)))
 
 
-@pytest.mark.parametrize("name", ["stream", "messages", "input", "prompt", "images"])
+@pytest.mark.parametrize("name", ["stream", "messages", "input", "prompt"])
 def test_a_parameter_that_has_no_meaning_here_is_refused(name: str) -> None:
     with pytest.raises(ConfigurationError, match=f"{name}= "):
         call_options(**{name: True})
