@@ -21,7 +21,13 @@ from llmframe.review import Review, review
 
 @pd.api.extensions.register_dataframe_accessor("llm")
 class LLMFrame:
-    """A language model over the rows of a DataFrame."""
+    """A language model over the rows of a DataFrame.
+
+    Examples
+    --------
+    >>> df.llm.messages("Translate to French: {text}").iloc[0]
+    [{'role': 'user', 'content': 'Translate to French: Good morning'}]
+    """
 
     def __init__(self, frame: pd.DataFrame) -> None:
         self._frame = frame
@@ -247,7 +253,13 @@ class LLMFrame:
 
 @pd.api.extensions.register_series_accessor("llm")
 class LLMSeries:
-    """A language model over the values of a Series."""
+    """A language model over the values of a Series.
+
+    Examples
+    --------
+    >>> df["text"].llm.complete("Good or bad? {}", schema=["good", "bad"], model="local").cat.categories.tolist()
+    ['good', 'bad']
+    """
 
     def __init__(self, series: pd.Series[Any]) -> None:
         self._series = series

@@ -51,6 +51,14 @@ class LLMFrameError(Exception):
         The rows done so far, the rest `pending`, where the run had begun.
     completions : list of Completion or None
         The same for a list call (`llmframe.complete`).
+
+    Examples
+    --------
+    >>> try:
+    ...     df.llm.complete("Translate to French: {texd}", model="local")
+    ... except llmframe.LLMFrameError as error:
+    ...     print(type(error).__name__, error, sep=": ")
+    TemplateError: no column 'texd'; did you mean 'text'?
     """
 
     frame: pd.DataFrame | None = None
@@ -102,6 +110,14 @@ class RowFailed(LLMFrameError):
         The row's place in the frame, from 0.
     label : object
         The row's index label.
+
+    Examples
+    --------
+    >>> try:
+    ...     df.head(1).llm.complete("{text}", model="local", response_format={"type": "none"}, on_error="raise")
+    ... except llmframe.RowFailed as error:
+    ...     print(error.position, error.frame["response_status"].tolist()[0])
+    0 failed
     """
 
     def __init__(self, message: str, *, position: int, label: object) -> None:

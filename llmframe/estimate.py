@@ -52,6 +52,12 @@ class Estimate:
         The part of it that the prompts take, without any discount for cached tokens.
     prompts_by, completions_by, price_by : str
         What the figures were taken from.
+
+    Examples
+    --------
+    >>> made = df.llm.estimate("Translate to French: {text}", model="gpt-4o-mini")
+    >>> made.requests, made.prompt_tokens, made.completion_tokens
+    (2, 26, None)
     """
 
     rows: int

@@ -23,6 +23,7 @@ RATE, WINDOW, MARK = "#3b82c4", "#d9822b", "#c23030"
 SIZE_IN = (9.0, 2.9)
 NAMED = 12  # decisions told in words; more of them would cover the curve
 BINS = 40
+SPANS = 60  # of the course; fewer than its moments where the answers are few
 FEW = 5  # moments; a line through one of them cannot be seen
 
 
@@ -85,7 +86,7 @@ def _figure() -> Figure:
 def _draw_course(axes: Axes, course: pd.DataFrame) -> None:
     times = course["time_s"].to_numpy()
     mark = "." if len(times) < FEW else ""
-    axes.plot(times, course["rate"], color=RATE, marker=mark, label="answers/s")
+    axes.plot(*_rates(times, course["rate"].to_numpy(dtype=float)), color=RATE, marker=mark, label="answers/s")
     allowed = course["allowed"].to_numpy(dtype=float)
     known = np.where(np.isfinite(allowed), allowed, np.nan)
     axes.plot(times, known, color=MARK, linestyle="--", linewidth=1, drawstyle="steps-post", label="limit")
@@ -107,6 +108,16 @@ def _draw_course(axes: Axes, course: pd.DataFrame) -> None:
     axes.set_xlabel("seconds")
     _grey(axes)
     _grey(flight)
+
+
+def _rates(times: npt.NDArray[np.float64], rates: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], ...]:
+    """Give the answers a second over at most `SPANS` spans of one length; of less than one a second, each is a peak."""
+    if len(times) < FEW:
+        return times, rates
+    answers = np.cumsum(rates * np.diff(times, prepend=0.0))
+    edges = np.linspace(0.0, times[-1], min(len(times), SPANS) + 1)
+    reached = np.interp(edges, np.append(0.0, times), np.append(0.0, answers))
+    return (edges[:-1] + edges[1:]) / 2, np.diff(reached) / np.diff(edges)
 
 
 def _draw_latencies(axes: Axes, latencies_s: npt.NDArray[np.float64]) -> None:

@@ -26,7 +26,15 @@ COMMONEST = 5  # errors shown
 class Run:
     """A run: the frame so far, and what it took.
 
-    `llmframe.last_run` gives the last one, also from another thread or cell while it goes on.
+    `llmframe.last_run` gives the last one, also from another thread or cell while it goes on. In a notebook it shows
+    itself.
+
+    Examples
+    --------
+    >>> out = df.llm.complete("Translate to French: {text}", model="local", max_tokens=3)
+    >>> run = llmframe.last_run()
+    >>> run.requests, sum(run.counts.values()), run.usage.completion_tokens
+    (2, 2, 6)
     """
 
     def __init__(self, state: State) -> None:

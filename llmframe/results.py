@@ -38,7 +38,13 @@ PAID: frozenset[Status] = frozenset({"ok", "truncated", "filtered", "refused", "
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """The tokens that one or more requests cost, as the endpoint counted them."""
+    """The tokens that one or more requests cost, as the endpoint counted them.
+
+    Examples
+    --------
+    >>> llmframe.Usage(prompt_tokens=10, completion_tokens=2) + llmframe.Usage(prompt_tokens=5)
+    Usage(prompt_tokens=15, completion_tokens=2, cached_tokens=0, reasoning_tokens=0)
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -86,6 +92,13 @@ class Completion:
         The calls of tools that the model asks for, as JSON in the chat API's form.
     reasoning : str or None
         What a thinking model thought, where the endpoint tells it; never a part of `text`.
+
+    Examples
+    --------
+    >>> question = [{"role": "user", "content": "Is water wet?"}]
+    >>> (answer,) = llmframe.complete([question], schema=["yes", "no"], model="local")
+    >>> answer.status, answer.text == answer.parsed, answer.source
+    ('ok', True, 'request')
     """
 
     text: str | list[str] | None = None

@@ -66,6 +66,12 @@ class Review:
         How many rows it was taken from.
     rows : tuple of Reviewed
         The sample, in the frame's order.
+
+    Examples
+    --------
+    >>> review = pd.DataFrame({"text": ["hello"], "response": ["bonjour"]}).llm.review()
+    >>> review.of, review.rows[0].answer
+    (1, 'bonjour')
     """
 
     output: str

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
 from importlib.metadata import metadata
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -83,6 +85,30 @@ def test_every_module_says_what_it_is_for_in_its_first_line() -> None:
         docstring = ast.get_docstring(ast.parse(path.read_text()))
         assert docstring, path.name
         assert docstring.splitlines()[0].endswith((".", ":")) or len(docstring.splitlines()) > 1, path.name
+
+
+def public() -> dict[str, Any]:
+    """What a user names: the public functions and classes, and the verbs of the accessors."""
+    named = {name: getattr(llmframe, name) for name in llmframe.__all__ if name != "local"}
+    for name in ("LLMFrame", "LLMSeries"):
+        verbs = vars(named[name]).items()
+        named |= {f"{name}.{verb}": method for verb, method in verbs if not verb.startswith("_")}
+    return named
+
+
+def has_its_example_elsewhere(what: object) -> bool:
+    """Exceptions are caught as their root is; a job's result is what `run` gives."""
+    leaf = isinstance(what, type) and issubclass(what, BaseException) and what is not llmframe.LLMFrameError
+    return leaf or what is llmframe.JobResult
+
+
+@pytest.mark.parametrize("name", [name for name, what in public().items() if not has_its_example_elsewhere(what)])
+def test_what_is_public_shows_an_example_that_runs(name: str) -> None:
+    assert ">>> " in (inspect.getdoc(public()[name]) or "")
+
+
+def test_the_reference_of_complete_fits_two_screens() -> None:
+    assert len((inspect.getdoc(llmframe.LLMFrame.complete) or "").splitlines()) <= 2 * 50
 
 
 def test_importing_it_says_nothing_and_patches_no_loop() -> None:

@@ -104,6 +104,13 @@ def test_a_known_limit_is_marked_and_an_unknown_one_is_not(server: SimulatedServ
     assert np.nanmax(course.lines[1].get_ydata()) == pytest.approx(10, rel=0.01)
 
 
+def test_the_course_of_a_slow_run_is_a_rate_and_not_a_peak_for_each_answer() -> None:
+    seconds = np.arange(1.0, 601.0)
+    course = pd.DataFrame({"time_s": seconds, "rate": (seconds % 4 == 0) * 1.0, "decision": "", "allowed": math.inf})
+    line = plots.draw(course.assign(window=8, in_flight=8), np.array([4.0]))[0].lines[0]
+    assert np.asarray(line.get_ydata()) == pytest.approx(0.25, abs=0.06)
+
+
 def test_the_plot_can_be_drawn_into_the_users_own_axes(server: SimulatedServer) -> None:
     from matplotlib.figure import Figure
 

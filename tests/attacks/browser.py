@@ -107,6 +107,7 @@ def quickstart(page: Any, address: str, pictures: Path) -> None:
     assert len(seen) >= 3, f"the bar did not move: {seen}"
     page.locator(".jp-OutputArea-output:has-text(\"did you mean 'review'\")").wait_for(timeout=PATIENCE_MS)
     assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']").count() == 0
+    page.locator(".jp-CodeCell:has-text('labelled = ')").first.screenshot(path=pictures / "quickstart.png")
     page.locator(".llmframe-run").first.scroll_into_view_if_needed()
     page.screenshot(path=pictures / "report-light.png")
     page.locator(".llmframe-run").first.screenshot(path=pictures / "report-alone.png")
@@ -119,7 +120,7 @@ def quickstart(page: Any, address: str, pictures: Path) -> None:
     assert 0 < after < before, f"the search left {after} of {before} rows"
     page.screenshot(path=pictures / "review-light.png")
     page.get_by_role("menuitem", name="Settings", exact=True).click()
-    page.get_by_role("menuitem", name="Theme", exact=True).hover()
+    page.locator(".lm-Menu-itemLabel:text-is('Theme')").hover()
     page.get_by_role("menuitem", name="JupyterLab Dark", exact=True).click()
     page.locator("body[data-jp-theme-light=false]").wait_for(timeout=PATIENCE_MS)
     page.locator(".llmframe-run").first.scroll_into_view_if_needed()
