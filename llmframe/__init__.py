@@ -1,10 +1,11 @@
 """A language model over the rows of a DataFrame: frame -> prompts -> requests -> engine -> results -> frame.
 
-``import llmframe`` gives every DataFrame the accessor ``df.llm``.
+``import llmframe`` gives every DataFrame the accessor ``df.llm``, a Dask DataFrame too.
 """
 
 from llmframe import local
 from llmframe.accessor import LLMFrame, LLMSeries
+from llmframe.arrivals import await_dask
 from llmframe.checkpoint import read_checkpoint
 from llmframe.errors import (
     BudgetExceeded,
@@ -54,3 +55,5 @@ __all__ = [
     "read_checkpoint",
     "run",
 ]
+
+await_dask()

@@ -289,14 +289,15 @@ def _budget(options: Options, params: Mapping[str, Any], price: PriceOf | None) 
     return Budget(bound=bound, max_usd=options.max_cost, max_tokens=options.max_tokens_total)
 
 
-def recall(prepared: Prepared) -> int:
-    """Take what the checkpoint holds; how many of the requests it answers."""
+def recall(prepared: Prepared, numbers: npt.NDArray[np.intp] | None = None) -> int:
+    """Take what the checkpoint holds, of these requests or of all; how many of them it answers."""
     state, checkpoint = prepared.state, prepared.checkpoint
     if checkpoint is None or state.options.refresh:
         return 0
     shared = rows_of(state.plan)
     found = 0
-    for number, completion in checkpoint.find(state.plan.keys):
+    for place, completion in checkpoint.find(state.plan.keys if numbers is None else state.plan.keys[numbers]):
+        number = place if numbers is None else int(numbers[place])
         kept = reread(completion, state.schema)
         if kept is None or (kept.text is None and kept.status != "ok" and state.options.where == "missing"):
             continue  # a refusal is kept as what it is, until a call asks for what has no answer

@@ -1,0 +1,345 @@
+"""Dask: ``ddf.llm.complete(...)``, the same call over the partitions of a Dask DataFrame, when they are computed.
+
+``import llmframe.dask`` registers the accessor; so does ``import llmframe``, before or after ``import dask.dataframe``.
+What travels to the workers is one object a call, whose name, token and repr say nothing of a key.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import multiprocessing
+import operator
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from pydantic import SecretStr
+
+from llmframe import runner
+from llmframe.accessor import LLMFrame
+from llmframe.desk import Desk, Words
+from llmframe.errors import ConfigurationError, TemplateError
+from llmframe.estimate import Estimate, estimate
+from llmframe.loops import in_thread
+from llmframe.options import Options, call_options, gather, method_takes_options
+from llmframe.planning import output_dtypes
+from llmframe.prompts import Prompt
+from llmframe.results import typed
+from llmframe.stations import Alone, Peers, Station, Stations, prompts_of
+
+try:
+    import cloudpickle
+    import dask.dataframe as dd
+    from dask.base import normalize_token
+    from dask.dataframe.extensions import register_dataframe_accessor, register_series_accessor
+except ImportError as missing:
+    raise ImportError("llmframe.dask needs Dask: pip install 'llmframe-pandas[dask]'") from missing
+
+__all__ = ["LLMDaskFrame", "LLMDaskSeries"]
+
+ELSEWHERE = "; compute a part of it, as in ddf.head(100), and use df.llm there"
+UNTOLD = ("api_key", "where", "progress", "params")  # are no part of a token, or a part of it in another form
+DESKS = 64  # calls whose desk is kept
+SECRET_EXTRAS = ("extra_headers", "extra_query")  # may hold a key
+
+_stations = Stations()
+atexit.register(_stations.close)
+_desks: dict[str, Desk] = {}  # of the calls whose desk is in this process: it is a scheduler
+
+
+@register_dataframe_accessor("llm")  # type: ignore[no-untyped-call]
+class LLMDaskFrame:
+    """A language model over the rows of a Dask DataFrame."""
+
+    def __init__(self, frame: Any) -> None:
+        self._frame = frame
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("_") and hasattr(LLMFrame, name):
+            raise AttributeError(f"a Dask DataFrame has llm.complete and llm.estimate, and no llm.{name}{ELSEWHERE}")
+        raise AttributeError(name)
+
+    @method_takes_options(call_options)
+    def complete(self, prompt: Prompt, **keywords: Any) -> Any:
+        """Ask a model once for each row, when the result is computed.
+
+        Parameters
+        ----------
+        prompt, **keywords
+            As `LLMFrame.complete` takes them, but for these.
+        checkpoint : path or fsspec URL
+            Required: `head` and `len` compute again, and would pay again. All workers have to reach it.
+        where : "missing" or Dask Series of booleans, optional
+            ``ddf["score"] > 1``.
+        api_key : str, optional
+            It travels to the workers, and shows in no name, repr or dashboard; without it each worker takes
+            ``OPENAI_API_KEY`` from its own environment.
+        client, history, refresh, dedupe=False, on_error="raise"
+            Refused: a client does not travel, and the others are about a frame at hand.
+
+        Returns
+        -------
+        dask.dataframe.DataFrame
+            Lazy, with the columns and types that `LLMFrame.complete` gives. A request that several partitions have is
+            asked once; the first row of it in each of them carries what it cost.
+
+        Raises
+        ------
+        ConfigurationError, TemplateError, SchemaError
+            At once, before anything is computed.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> import dask.dataframe as dd
+        >>> ddf = dd.from_pandas(df, npartitions=2)
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     out = ddf.llm.complete("Translate to French: {text}", model="local", max_tokens=8, checkpoint=place)
+        ...     out.compute()["response_status"].tolist()
+        ['ok', 'ok']
+        """
+        call, masks = _call(self._frame, prompt, keywords)
+        return self._frame.map_partitions(call, *masks, meta=call.meta)
+
+    @method_takes_options(call_options)
+    def estimate(self, prompt: Prompt, **keywords: Any) -> Estimate:
+        """Estimate what `complete` would ask and cost; every partition is computed, and nothing is sent.
+
+        A request that several partitions have is counted in each.
+
+        Raises
+        ------
+        ConfigurationError, TemplateError, SchemaError, CheckpointError
+            As `complete` would.
+
+        Examples
+        --------
+        >>> import dask.dataframe as dd
+        >>> ddf = dd.from_pandas(df, npartitions=2)
+        >>> made = ddf.llm.estimate("Translate: {text}", model="gpt-4o-mini", max_tokens=50, checkpoint="runs/fr")
+        >>> made.requests, made.completion_tokens
+        (2, 100)
+        """
+        call, masks = _call(self._frame, prompt, keywords)
+        estimates = self._frame.map_partitions(call.estimate, *masks, meta=(None, object))
+        made: Estimate = functools.reduce(operator.add, estimates.compute())
+        return made
+
+
+@register_series_accessor("llm")  # type: ignore[no-untyped-call]
+class LLMDaskSeries:
+    """A language model over the values of a Dask Series."""
+
+    def __init__(self, series: Any) -> None:
+        self._series = series
+
+    @method_takes_options(call_options)
+    def complete(self, prompt: str, **keywords: Any) -> Any:
+        """Ask a model once for each value, when the result is computed; see `LLMSeries.complete`.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> import dask.dataframe as dd
+        >>> texts = dd.from_pandas(df["text"], npartitions=1)
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     out = texts.llm.complete("Translate: {}", model="local", max_tokens=8, checkpoint=place).compute()
+        >>> out.notna().all()
+        np.True_
+        """
+        if not isinstance(prompt, str) or "{" not in prompt:
+            raise TemplateError(f"the prompt {prompt!r:.60} has no {{}} for the value, as in 'Translate: {{}}'")
+        call, masks = _call(self._series.to_frame(""), prompt, keywords)
+        return self._series.map_partitions(call.of_series, *masks, meta=call.meta[call.output])
+
+
+def _call(frame: Any, prompt: Prompt, keywords: Mapping[str, Any]) -> tuple[PartitionCall, list[Any]]:
+    """Check a call, and give it as it travels, with the masks that go beside each partition."""
+    options = gather(keywords)
+    if options.checkpoint is None:
+        raise ConfigurationError(
+            "a Dask call needs checkpoint=, a directory or URL that every worker reaches: Dask computes a partition "
+            "again for head(), len() or a lost worker, and without one each time would be paid for"
+        )
+    if options.client is not None:
+        raise ConfigurationError(
+            "client= cannot travel to the workers of a cluster; pass base_url= and, unless OPENAI_API_KEY is in the "
+            "workers' environment, api_key="
+        )
+    if options.history is not None or options.refresh or not options.dedupe or options.on_error == "raise":
+        raise ConfigurationError(
+            "history=, refresh=True, dedupe=False and on_error='raise' are for a frame at hand: a partition is "
+            "computed whenever Dask needs it, without knowing of the others; leave them out (another checkpoint= asks "
+            "anew)"
+        )
+    masks: list[Any] = []
+    if options.where is not None and not isinstance(options.where, str):
+        if not isinstance(options.where, dd.Series):
+            raise ConfigurationError(
+                "where= has to be 'missing' or a Dask Series made from this frame, as in where=ddf['score'] > 1"
+            )
+        if options.where.npartitions != frame.npartitions:
+            raise ConfigurationError(
+                f"the mask in where= has {options.where.npartitions} partitions and the frame {frame.npartitions}; "
+                "make it from this frame"
+            )
+        masks = [options.where]
+    call = PartitionCall(prompt, options, frame._meta)
+    try:
+        cloudpickle.dumps(call)
+    except Exception as error:
+        raise ConfigurationError(
+            f"the call cannot travel to the workers of a cluster: {error}; what cannot be pickled is in the prompt or "
+            "a keyword (a template object: pass its text, or a function)"
+        ) from error
+    return call, masks
+
+
+class PartitionCall:
+    """A call as it travels to the workers: a partition in, the partition with its answers out.
+
+    Parameters
+    ----------
+    prompt, options
+        The call's.
+    empty : DataFrame
+        The columns, without a row.
+
+    Raises
+    ------
+    ConfigurationError, TemplateError, SchemaError
+        The call cannot be made as it was written.
+    """
+
+    __name__ = "llm-complete"  # of its tasks, on the dashboard
+
+    def __init__(self, prompt: Prompt, options: Options, empty: pd.DataFrame) -> None:
+        self._run = uuid.uuid4().hex
+        self._prompt = prompt
+        self._key = None if options.api_key is None else SecretStr(options.api_key)
+        # Where the client's environment points to: a worker whose own says nothing would ask somebody else.
+        base_url = options.base_url or os.environ.get("OPENAI_BASE_URL") or None
+        if options.model == runner.LOCAL:
+            base_url = options.base_url
+        masked = not isinstance(options.where, str | None)
+        self._options = replace(options, api_key=None, base_url=base_url, where=None if masked else options.where)
+        self._masked = masked
+        self._empty = empty
+        self.output = options.output
+        self.meta = self._look(empty)
+
+    def __call__(self, frame: pd.DataFrame, mask: pd.Series[Any] | None = None) -> pd.DataFrame:
+        """Answer the rows of a partition."""
+        options = self._here(mask)
+        station = _stations.enter(self._run, functools.partial(self._station, options))
+        try:
+            return station.answer(frame, options)
+        finally:
+            _stations.leave(self._run)
+
+    def of_series(self, values: pd.Series[Any], mask: pd.Series[Any] | None = None) -> pd.Series[Any]:
+        """Answer the values of a partition: the answers alone."""
+        return self(values.to_frame(""), mask)[self.output]
+
+    def estimate(self, frame: pd.DataFrame, mask: pd.Series[Any] | None = None) -> pd.Series[Any]:
+        """Estimate a partition, as a series of one."""
+        options = self._here(mask)
+        return pd.Series([estimate(prompts_of(frame, self._prompt, options), options)], dtype=object)
+
+    def __repr__(self) -> str:
+        return f"<llmframe {self._options.model!r} -> {self.output!r}>"
+
+    def __dask_tokenize__(self) -> Any:
+        options = self._options
+        told = {name: getattr(options, name) for name in options.__dataclass_fields__ if name not in UNTOLD}
+        params = {name: value for name, value in options.params.items() if name not in SECRET_EXTRAS}
+        return normalize_token([type(self).__name__, self._prompt, told, params, options.where, self._masked])
+
+    def _look(self, empty: pd.DataFrame) -> pd.DataFrame:
+        """Check all that can be known without a row, and give the columns of the result."""
+        options = replace(self._here(None), where="missing" if self._masked else self._options.where)
+        if options.api_key is None and not os.environ.get("OPENAI_API_KEY"):
+            options = replace(options, api_key="the workers have it")
+        if options.model == runner.LOCAL:  # the embedded model is for the workers to serve
+            options = replace(options, model="local model", base_url="http://localhost/v1")
+        call = runner.plan_call(prompts_of(empty, self._prompt, options), options)
+        made = empty.copy()
+        for name, dtype in output_dtypes(options, call.schema).items():
+            made[name] = typed([], dtype)
+        return made
+
+    def _here(self, mask: pd.Series[Any] | None) -> Options:
+        """Give the options in this process, for a partition."""
+        key = None if self._key is None else self._key.get_secret_value()
+        where = mask if self._masked and mask is not None else self._options.where
+        return replace(self._options, api_key=key, where=where)
+
+    def _station(self, options: Options) -> Station:
+        if options.api_key is None and options.model != runner.LOCAL and not os.environ.get("OPENAI_API_KEY"):
+            raise ConfigurationError(
+                "no API key on this worker: set OPENAI_API_KEY in the workers' environment, as in "
+                "LocalCluster(env={...}), or pass api_key=, which travels unseen"
+            )
+        return Station(self._prompt, options, self._empty, self._peers())
+
+    def _peers(self) -> Peers:
+        """Find the desk: on the scheduler, where there is one."""
+        try:
+            from distributed import get_worker
+
+            worker = get_worker()
+        except (ImportError, ValueError):
+            if multiprocessing.parent_process() is not None:
+                self._refuse_caps()
+            return Alone()
+        return OnScheduler(self._run, worker.id)
+
+    def _refuse_caps(self) -> None:
+        options = self._options
+        for name in ("rpm", "tpm", "max_cost", "max_tokens_total"):
+            if getattr(options, name) is not None:
+                raise ConfigurationError(
+                    f"{name}= holds for a cluster as a whole, and processes without a scheduler cannot share it; use "
+                    "dask.distributed.Client() (or scheduler='threads')"
+                )
+
+
+class OnScheduler:
+    """The desk of a cluster, which is on its scheduler."""
+
+    def __init__(self, run: str, worker: str) -> None:
+        from distributed import get_client
+
+        self._run, self._worker = run, worker
+        self._client = get_client()
+
+    async def claim(self, part: str, words: Words) -> npt.NDArray[np.bool_]:
+        """See `Desk.claim`."""
+        taken: npt.NDArray[np.bool_] = await self._at_desk("claim", part, words)
+        return taken
+
+    async def release(self, part: str) -> None:
+        """See `Desk.release`."""
+        await self._at_desk("release", part)
+
+    async def _at_desk(self, verb: str, *arguments: Any) -> Any:
+        ask = functools.partial(self._client.run_on_scheduler, at_desk, self._run, self._worker, verb, *arguments)
+        return await in_thread(ask)
+
+
+def at_desk(run: str, caller: str, verb: str, *arguments: Any, dask_scheduler: Any = None) -> Any:
+    """Do something at a call's desk; runs on the scheduler."""
+    desk = _desks.pop(run, None) or Desk()
+    _desks[run] = desk  # the last of them
+    for old in list(_desks)[:-DESKS]:
+        del _desks[old]
+    if verb == "claim":
+        part, words = arguments
+        return desk.claim(caller, part, words, {each.server_id for each in dask_scheduler.workers.values()})
+    return getattr(desk, verb)(*arguments)
