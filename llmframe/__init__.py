@@ -6,6 +6,7 @@
 from llmframe import local
 from llmframe.accessor import LLMFrame, LLMSeries
 from llmframe.arrivals import await_dask
+from llmframe.batch import BatchJob
 from llmframe.checkpoint import read_checkpoint
 from llmframe.errors import (
     BudgetExceeded,
@@ -29,6 +30,7 @@ from llmframe.review import Review
 from llmframe.runner import last_run
 
 __all__ = [
+    "BatchJob",
     "BudgetExceeded",
     "CheckpointError",
     "Completion",

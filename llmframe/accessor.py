@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pandas as pd
 
 from llmframe import runner
+from llmframe.batch import BatchJob, submit_batch
+from llmframe.batch_work import POLL_S
 from llmframe.errors import ConfigurationError, TemplateError
 from llmframe.estimate import Estimate, estimate
 from llmframe.options import Options, call_options, gather, method_takes_options
@@ -188,6 +191,56 @@ class LLMFrame:
         (2, 26, 100, 6.4e-05)
         """
         return estimate(*self._call(prompt, keywords), sample=sample)
+
+    @method_takes_options(call_options)
+    def submit_batch(
+        self,
+        prompt: Prompt,
+        *,
+        job: str | os.PathLike[str],
+        keep_files: bool = False,
+        poll_s: float = POLL_S,
+        **keywords: Any,
+    ) -> BatchJob:
+        """Give the call of `complete` to the provider's Batch API: half the price, and answers within a day.
+
+        The same prompts, schemas, keys and columns. Rows that the checkpoint answers are not submitted, and answers
+        land in it, so that `complete` with the same arguments finds them, and finishes what the batch left.
+
+        Parameters
+        ----------
+        prompt, **keywords
+            As for `complete`. Nothing is paced here: ``max_concurrency``, ``rpm``, ``tpm``, ``timeout`` and
+            ``max_attempts`` change nothing. ``max_cost`` and ``max_tokens_total`` hold for the worst case of the whole
+            batch; where that passes them, nothing is sent. Without ``checkpoint`` the answers are in
+            ``<job>/answers``.
+        job : path
+            A directory that keeps the job, so that any process finds it: `BatchJob.open`. The same call with the same
+            directory goes on with the job that is there, and submits nothing twice. It holds the prompts until they
+            are answered, and never a key.
+        keep_files : bool, default False
+            Leave the files at the provider; else they are deleted when their answers are kept.
+        poll_s : float, default 10
+            Seconds between two looks of `BatchJob.wait` at first.
+
+        Returns
+        -------
+        BatchJob
+            Submitted, as far as the provider takes it at once.
+
+        Raises
+        ------
+        ConfigurationError, TemplateError, SchemaError, CheckpointError, BudgetExceeded
+            Before anything is sent.
+        EndpointError
+            The endpoint has no Batch API, takes no key, or is away; the job is kept, and the same call goes on.
+
+        Examples
+        --------
+        >>> job = df.llm.submit_batch("Translate: {text}", model="gpt-4o-mini", job="runs/job")  # doctest: +SKIP
+        >>> out = job.wait().frame()  # doctest: +SKIP
+        """
+        return submit_batch(*self._call(prompt, keywords), job, keep_files=keep_files, poll_s=poll_s)
 
     def review(
         self,

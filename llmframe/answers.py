@@ -25,7 +25,7 @@ def read_reply(
     schema: Schema | None,
     price: PriceOf | None,
     several: bool,
-    latency_s: float,
+    latency_s: float | None,
     attempts: int,
     request_id: str | None,
 ) -> Completion | None:
@@ -43,8 +43,8 @@ def read_reply(
         Gives what the usage costs.
     several : bool
         Whether ``n=`` asked for a list of answers, however many came.
-    latency_s : float
-        What the attempt took.
+    latency_s : float or None
+        What the attempt took; None where nobody knows.
     attempts : int
         Requests sent for the row.
     request_id : str, optional

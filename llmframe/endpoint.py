@@ -100,6 +100,8 @@ class Endpoint:
         Makes the transport, on the loop that will use it.
     bound : bool
         Whether its connections belong to the caller's event loop: a client with a transport of its own.
+    client : openai.AsyncOpenAI or openai.OpenAI
+        The owner of all this, for what is no row's request: files and batches.
     """
 
     identity: str
@@ -107,6 +109,7 @@ class Endpoint:
     key: Hashable = field(repr=False)
     open: Callable[[], Transport] = field(repr=False)
     bound: bool = False
+    client: Any = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +233,7 @@ def _of_client(client: Any, extras: Extras, path: str) -> Endpoint:
             url,
             ("aiohttp", target, tuple(sorted(headers.items())), proxy, timeout),
             lambda: AiohttpTransport(target, headers, proxy, timeout),
+            client=client,
         )
     # A client is its own key: another one at the same place in memory must not find this one's connections.
     shown = _without_secrets(url)
@@ -239,6 +243,7 @@ def _of_client(client: Any, extras: Extras, path: str) -> Endpoint:
             shown,
             ("threads", client, path, repr(extras)),
             lambda: ThreadTransport(client, path, extras),
+            client=client,
         )
     return Endpoint(
         identity(base_url),
@@ -246,6 +251,7 @@ def _of_client(client: Any, extras: Extras, path: str) -> Endpoint:
         ("sdk", client, path, repr(extras)),
         lambda: SdkTransport(client, path, extras),
         bound=not _is_default_transport(client),
+        client=client,
     )
 
 
@@ -505,6 +511,36 @@ def _pool(client: openai.AsyncOpenAI | openai.OpenAI) -> int:
     except AttributeError:
         most = POOL
     return min(most, _files()) if isinstance(most, int) and most > 0 else POOL
+
+
+def of_default_transport(client: openai.AsyncOpenAI, extras: Extras) -> Any:
+    """Give an async client for other requests than a row's, on a transport that is the caller's to close; or None.
+
+    None where its owner gave it a transport of its own.
+    """
+    if not _is_default_transport(client):
+        return None
+    own = openai.DefaultAsyncHttpxClient(follow_redirects=False)  # a redirect would carry the key along
+    return client.with_options(http_client=own, **_client_options(extras))
+
+
+def with_extras(client: Any, extras: Extras) -> Any:
+    """Give a client that sends what a call adds to every request, and that does not retry by itself."""
+    return client.with_options(**_client_options(extras))
+
+
+def _client_options(extras: Extras) -> dict[str, Any]:
+    options: dict[str, Any] = {"max_retries": 0}
+    if extras.headers:
+        options["default_headers"] = {name: str(value) for name, value in extras.headers if value is not None}
+    if extras.query:
+        options["default_query"] = dict(extras.query)
+    return options
+
+
+def redacted(words: str, request: Any) -> str:
+    """Give a text without the secrets of a request that was sent."""
+    return _redacted(words.encode("utf-8", "replace"), _secrets_of(request)).decode("utf-8", "replace")
 
 
 def _reply(response: Any) -> Reply:

@@ -77,7 +77,7 @@ class Outcomes:
     def __getitem__(self, number: int) -> Completion:
         values: dict[str, Any] = {"status": STATUSES[self._statuses[number]], "attempts": self._attempts[number]}
         if values["status"] == "pending":
-            return Completion(status="pending", error=NOT_ASKED)
+            return Completion(status="pending", error=self._words["error"][number] or NOT_ASKED)
         for name, counts in self._counts.items():
             values[name] = None if counts[number] == _NO_COUNT else counts[number]
         for name, amounts in self._amounts.items():
@@ -155,7 +155,7 @@ class Outcomes:
             else:
                 cells = self.cells(name)[request_of]
                 if name == "error":
-                    cells[codes == _PENDING] = NOT_ASKED
+                    cells[(codes == _PENDING) & np.equal(cells, np.array(None, object)).astype(bool)] = NOT_ASKED
                     cells[codes == _SKIPPED] = NOT_SELECTED
                     for position, reason in skipped.items():
                         cells[position] = reason

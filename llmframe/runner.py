@@ -147,7 +147,7 @@ def prepare(prompts: Prompts, options: Options) -> Prepared:
     checkpoint = open_checkpoint(prompts, options, call)
     prepared = ready(prompts, options, call, checkpoint)
     try:
-        _tell(prepared, recall(prepared))
+        tell(prepared, recall(prepared))
     except BaseException:
         if checkpoint is not None:
             checkpoint.close()
@@ -248,7 +248,7 @@ def plan_call(prompts: Prompts, options: Options, like: Call | None = None) -> C
             )
             say(words, quiet=options.progress is False, once=True)
     price: PriceOf | None = None if options.prices is None else read_prices(options.prices)
-    params, extras = _split_extras(options.params)
+    params, extras = split_extras(options.params)
     target = endpoint.resolve(
         client=options.client,
         base_url=options.base_url,
@@ -307,7 +307,7 @@ def recall(prepared: Prepared, numbers: npt.NDArray[np.intp] | None = None) -> i
     return found
 
 
-def _tell(prepared: Prepared, found: int) -> None:
+def tell(prepared: Prepared, found: int) -> None:
     """Say what the checkpoint holds before anything is asked."""
     state, checkpoint, quiet = prepared.state, prepared.checkpoint, prepared.quiet
     total = len(state.plan.keys) - len(state.plan.unreadable)
@@ -492,7 +492,7 @@ def _row_failed(state: State, number: int, reason: str | None) -> RowFailed:
     return RowFailed(f"row {position} (label {label!r}) failed: {reason}", position=position, label=label)
 
 
-def _split_extras(params: Any) -> tuple[dict[str, Any], Extras]:
+def split_extras(params: Any) -> tuple[dict[str, Any], Extras]:
     """Take apart what goes into the body and what goes beside it (the SDK's ``extra_*``)."""
     body = dict(params)
     extras: dict[str, dict[str, Any]] = {}

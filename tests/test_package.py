@@ -43,6 +43,7 @@ def imports_of(path: Path) -> set[str]:
 
 def test_what_is_public_is_pinned() -> None:
     assert sorted(llmframe.__all__) == [
+        "BatchJob",
         "BudgetExceeded",
         "CheckpointError",
         "Completion",

@@ -1,0 +1,777 @@
+"""Batch jobs: the same call through the provider's Batch API, for half the price and an answer within a day.
+
+A job is a directory. Whatever process opens it goes on where the last one stopped, and nothing is submitted twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import html
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import pandas as pd
+
+from llmframe import answers, endpoint, loops, runner
+from llmframe.batch_api import Away, BatchApi
+from llmframe.batch_ledger import Busy, Ledger, Left, Place, Terms
+from llmframe.batch_plan import FileLimits, input_line, key_of
+from llmframe.batch_rows import Rows, digest_of, load_rows, save_rows
+from llmframe.batch_work import POLL_S, SLOWER, SLOWEST, Keeper, Worker, write_parts
+from llmframe.budget import Bound, Budget
+from llmframe.checkpoint import Checkpoint, Origin
+from llmframe.endpoint import Endpoint
+from llmframe.errors import BudgetExceeded, ConfigurationError, EndpointError, Interrupted, LLMFrameError
+from llmframe.estimate import BATCH_SHARE
+from llmframe.notices import say, warn
+from llmframe.options import Options, call_options, gather
+from llmframe.outcomes import Outcomes
+from llmframe.pacing import Pacer
+from llmframe.prices import PriceOf, known_prices, read_prices
+from llmframe.progress import Bar
+from llmframe.prompts import Missing, Prompts
+from llmframe.requests import PATHS, canonical
+from llmframe.results import STATUSES, Completion, Usage
+from llmframe.runner import Call
+from llmframe.schemas import Labels, Schema, read_schema
+from llmframe.state import State
+
+T = TypeVar("T")
+
+ANSWERS = "answers"  # the checkpoint in a job's directory, where the call names none
+TRIES = 4  # looks of a submission at an endpoint that is away, before it leaves the rest to `wait`
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What a process brings to a job and the directory does not keep: the key, the classes, its patience.
+
+    Attributes
+    ----------
+    options : Options
+        With the client, or the pieces of one.
+    schema : object
+        A pydantic model, where the job has one.
+    poll_s : float
+        Seconds between two looks at first.
+    given : bool
+        Whether the caller named the endpoint: else it is the environment's, and has to be the job's.
+    """
+
+    options: Options
+    schema: Any
+    poll_s: float
+    given: bool = True
+
+    @property
+    def extras(self) -> endpoint.Extras:
+        """What the call adds to every request."""
+        return runner.split_extras(self.options.params)[1]
+
+    def target(self, terms: Terms, directory: str) -> Endpoint:
+        """Find the endpoint of a job; the key goes where the caller said and nowhere else.
+
+        Raises
+        ------
+        ConfigurationError
+            No key, or another endpoint than the job's.
+        """
+        options = self.options
+        target = endpoint.resolve(client=options.client, base_url=options.base_url, api_key=options.api_key)
+        if target.identity != terms.identity:
+            raise ConfigurationError(
+                f"the job in {directory} is at {terms.identity}, and this call's key is for {target.identity}; "
+                f"pass base_url={terms.identity!r} with its api_key=, or its client="
+            )
+        return target
+
+    def schema_of(self, terms: Terms, directory: str) -> Schema | None:
+        """Find what a job's answers have to fit.
+
+        Raises
+        ------
+        ConfigurationError
+            It is a pydantic model that this process does not know, or another than was submitted.
+        """
+        kept = terms.schema
+        if kept is None:
+            return None
+        given: Any = kept.get("value")
+        if kept["kind"] == "model":
+            given = self.schema if self.schema is not None else _model_named(kept["module"], kept["name"])
+            if given is None:
+                raise ConfigurationError(
+                    f"the job in {directory} was submitted with schema={kept['name']}, a class of {kept['module']} "
+                    f"that is not imported here; pass it: llmframe.BatchJob.open({directory!r}, schema={kept['name']})"
+                )
+        schema = read_schema(given, terms.output)
+        if schema is None or canonical(schema.canonical).decode() != kept["canonical"]:
+            raise ConfigurationError(
+                f"the schema is not the one that the job in {directory} was submitted with; pass that one as schema="
+            )
+        return schema
+
+    def price_of(self, terms: Terms) -> PriceOf | None:
+        """Give what a batch costs: half of the price."""
+        online = known_prices(terms.model, terms.identity, terms.service_tier)
+        if terms.prices is not None:
+            online = read_prices(terms.prices)
+        return None if online is None else _halved(online)
+
+
+def _halved(price: PriceOf) -> PriceOf:
+    return lambda usage: BATCH_SHARE * price(usage)
+
+
+def _model_named(module: str, name: str) -> Any:
+    """Find a class among what is imported already: a file in a directory must not say what is to be run."""
+    found: Any = sys.modules.get(module)
+    for each in name.split("."):
+        found = getattr(found, each, None)
+    return found
+
+
+def submit_batch(
+    prompts: Prompts, options: Options, job: str | os.PathLike[str], *, keep_files: bool, poll_s: float
+) -> BatchJob:
+    """Give a call to the Batch API; see `LLMFrame.submit_batch`."""
+    _check(options)
+    place = Place(job)
+    if options.checkpoint is None:
+        options = replace(options, checkpoint=os.fspath(place.path / ANSWERS))
+    call = runner.plan_call(prompts, options)
+    runner.warn_of_open_line(call.endpoint.url)
+    access = Access(options, options.schema, checked_poll(poll_s))
+    with place.held():
+        if place.exists:
+            terms = place.load().terms
+            if (terms.digest, terms.output) != (digest_of(call.plan), options.output):
+                raise ConfigurationError(
+                    f"another call was submitted as {job}: name another directory, or go on with that job by "
+                    f"llmframe.BatchJob.open({os.fspath(job)!r})"
+                )
+            say(f"{job} is this job already; going on with it", quiet=options.progress is False)
+            made = BatchJob(place, access)
+        else:
+            made = BatchJob(place, access, _plan_job(place, prompts, options, call, keep_files))
+    return made._submitted()
+
+
+def _check(options: Options) -> None:
+    """Refuse what a batch cannot keep."""
+    if options.history is not None:
+        raise ConfigurationError(
+            "history= goes on from an answer at once, and a batch has none yet; submit the messages as the prompt"
+        )
+    if options.on_error == "raise":
+        raise ConfigurationError(
+            "on_error='raise' stops a run at its first failure, and a batch runs elsewhere; leave it"
+        )
+    if options.refresh:
+        raise ConfigurationError(
+            "refresh=True is not for a batch: pass a checkpoint= of its own, which holds no answers"
+        )
+    if options.model == runner.LOCAL and options.client is None:
+        raise ConfigurationError('model="local" has no Batch API, and costs nothing; use df.llm.complete')
+
+
+def checked_poll(poll_s: Any) -> float:
+    """Refuse what is no time between two looks."""
+    if isinstance(poll_s, bool) or not isinstance(poll_s, int | float) or not 0 < poll_s < float("inf"):
+        raise ConfigurationError(f"poll_s={poll_s!r} has to be a number of seconds above 0")
+    return float(poll_s)
+
+
+def _plan_job(place: Place, prompts: Prompts, options: Options, call: Call, keep_files: bool) -> Rows:
+    """Write what is to be sent and the ledger of it; nothing is sent."""
+    plan = call.plan
+    checkpoint = runner.open_checkpoint(prompts, options, call)
+    assert checkpoint is not None
+    try:
+        prepared = runner.ready(prompts, options, call, checkpoint)
+        runner.tell(prepared, runner.recall(prepared))
+    finally:
+        checkpoint.close(tidy=False)
+    numbers = prepared.state.outcomes.pending()
+    asked = np.zeros(len(plan.keys), np.bool_)
+    asked[numbers] = True
+    parts, too_large = write_parts(place, _lines(prompts, options, call, numbers), 0, FileLimits())
+    if too_large:
+        raise ConfigurationError(
+            f"{too_large:,} requests are larger than a batch's file may be ({FileLimits().bytes:,} bytes); "
+            "leave them out, by where="
+        )
+    left_out = save_rows(place, prompts.frame, plan, asked)
+    assert options.model is not None
+    terms = Terms(
+        id=os.urandom(8).hex(),
+        created_s=time.time(),
+        digest=digest_of(plan),
+        identity=call.endpoint.identity,
+        api=options.api,
+        model=options.model,
+        template=prompts.description,
+        parameters=call.requests.parameters,
+        service_tier=call.params.get("service_tier") if isinstance(call.params.get("service_tier"), str) else None,
+        checkpoint=_absolute(options.checkpoint),
+        output=options.output,
+        details=options.details,
+        several=options.several,
+        prices=None if options.prices is None else dict(options.prices),
+        schema=_kept_schema(options.schema, call.schema),
+        keep_files=keep_files,
+        rows=len(prompts),
+    )
+    place.save(Ledger(terms=terms, parts=tuple(parts)))
+    if left_out:
+        say(
+            f"the column(s) {', '.join(left_out)} cannot be kept in {place.path}: in another process pass the frame, "
+            "as in job.frame(df)",
+            quiet=options.progress is False,
+        )
+    return Rows(prompts.frame, plan, asked)
+
+
+def _absolute(checkpoint: Any) -> str:
+    where: str = os.fspath(checkpoint)
+    return where if "://" in where else os.path.abspath(os.path.expanduser(where))
+
+
+def _kept_schema(given: Any, schema: Schema | None) -> dict[str, Any] | None:
+    """Note a schema so that another process finds it: labels and JSON as they are, a class by its name."""
+    if schema is None:
+        return None
+    kept: dict[str, Any] = {"canonical": canonical(schema.canonical).decode()}
+    if isinstance(schema, Labels):
+        return {**kept, "kind": "labels", "value": list(schema.values)}
+    if isinstance(given, type):
+        return {**kept, "kind": "model", "module": given.__module__, "name": given.__qualname__}
+    return {**kept, "kind": "json", "value": dict(given)}
+
+
+def _lines(prompts: Prompts, options: Options, call: Call, numbers: Any) -> Iterator[bytes]:
+    """Make the line of each request, one after another; stop where the worst case of them all passes the budget."""
+    budget = None if call.budget is None else _half_budget(call.budget)
+    path = f"/v1{PATHS[options.api]}"
+    for number, messages in zip(numbers.tolist(), prompts.render(call.plan.first[numbers]), strict=True):
+        assert not isinstance(messages, Missing)
+        body = call.requests.body(messages)
+        if budget is not None:
+            most = budget.bound(body)
+            if not budget.fits(most):
+                raise BudgetExceeded(
+                    f"the worst case of a batch of {len(numbers):,} requests passes the budget; nothing was sent: "
+                    f"{budget.refusal(most)}"
+                )
+            budget.set_aside(most)
+        yield input_line(call.plan.keys[number].tobytes(), path, body)
+
+
+def _half_budget(budget: Budget) -> Budget:
+    bound = budget.bound
+    price = None if bound.price is None else _halved(bound.price)
+    return Budget(bound=Bound(bound.completion_tokens, price), max_usd=budget.max_usd, max_tokens=budget.max_tokens)
+
+
+class BatchJob:
+    """A call that was given to the provider's Batch API, kept in a directory.
+
+    `LLMFrame.submit_batch` makes one; `open` finds it again, in any process and at any time.
+
+    Attributes
+    ----------
+    directory : str
+        Where it is kept.
+
+    Examples
+    --------
+    >>> job = df.llm.submit_batch("Translate: {text}", model="gpt-4o-mini", job="runs/job")  # doctest: +SKIP
+    >>> job.wait().frame()  # doctest: +SKIP
+    >>> llmframe.BatchJob.open("runs/job").refresh()  # doctest: +SKIP
+    """
+
+    def __init__(self, place: Place, access: Access, rows: Rows | None = None) -> None:
+        self._place = place
+        self._access = access
+        self._rows = rows
+        self._ledger = place.load()
+        self.directory = os.fspath(place.path)
+
+    @classmethod
+    def open(
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        schema: Any = None,
+        client: Any = None,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        poll_s: float = POLL_S,
+        progress: bool | None = None,
+    ) -> BatchJob:
+        """Find a job again; nothing is asked.
+
+        Parameters
+        ----------
+        directory : path
+            As it was given as ``job=``.
+        schema : pydantic model, optional
+            The class that the job was submitted with, where it cannot be found by its name; labels and JSON schemas
+            are kept in the directory.
+        client, base_url, api_key : optional
+            As for `LLMFrame.complete`: the directory holds no key.
+        poll_s : float, default 10
+            Seconds between two looks while something happens; thirty times that while nothing does.
+        progress : bool, optional
+            A bar, or none.
+
+        Raises
+        ------
+        ConfigurationError
+            There is no job, or it is at another endpoint.
+
+        Examples
+        --------
+        >>> llmframe.BatchJob.open("no/such/job")
+        Traceback (most recent call last):
+        llmframe.errors.ConfigurationError: there is no Batch job in no/such/job; df.llm.submit_batch(..., ...
+        """
+        place = Place(directory)
+        place.load()
+        given = {"client": client, "base_url": base_url, "api_key": api_key, "progress": progress}
+        options = gather({name: value for name, value in given.items() if value is not None})
+        return cls(place, Access(options, schema, checked_poll(poll_s)))
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to wait for."""
+        return self._ledger.over
+
+    @property
+    def usage(self) -> Usage:
+        """The tokens of what was answered so far."""
+        return self._ledger.usage
+
+    @property
+    def cost_usd(self) -> float | None:
+        """The same in USD, at half the online price; None where no price is known."""
+        return self._ledger.cost_usd
+
+    @property
+    def parts(self) -> pd.DataFrame:
+        """The job's files, one a row: ``part``, ``requests``, ``status``, ``done``, ``failed``, ``left``, ``batch``.
+
+        ``left`` counts the requests without an answer that `resubmit` asks again.
+        """
+        rows = [
+            (
+                part.number,
+                part.requests,
+                _status_of(part),
+                part.done,
+                part.failed,
+                0 if part.taken else part.left,
+                part.cost_usd,
+                part.batch_id,
+                part.error,
+            )
+            for part in self._ledger.parts
+            if part.stage != "replaced"
+        ]
+        names = ["part", "requests", "status", "done", "failed", "left", "cost_usd", "batch", "error"]
+        return pd.DataFrame(rows, columns=names).astype({"cost_usd": "Float64"})
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows by status, those that occur, as `frame` would give them."""
+        state = self._state()
+        found = np.bincount(state.outcomes.statuses(state.plan.request_of), minlength=len(STATUSES))
+        return {status: int(count) for status, count in zip(STATUSES, found, strict=True) if count}
+
+    def refresh(self) -> BatchJob:
+        """Look once at the provider: take what has ended, send what may go out now.
+
+        Raises
+        ------
+        EndpointError
+            The endpoint is away, or takes no key; the job goes on where it stood.
+        """
+        self._read()
+        self._run(self._look, lambda: None)
+        return self
+
+    def wait(self) -> BatchJob:
+        """Wait until the job has ended; Ctrl-C leaves it running at the provider.
+
+        Looks every `poll_s` seconds while something happens, and ever more seldom while nothing does. An endpoint that
+        is away is waited for.
+
+        Raises
+        ------
+        EndpointError
+            The endpoint takes no key, or has no Batch API.
+        Interrupted
+            At Ctrl-C; ``.frame`` holds the rows so far.
+        """
+        self._read()
+        going = _Going(self)
+        bar = Bar(going, self._access.options.progress)
+        try:
+            self._run(self._wait, bar.draw)
+        finally:
+            going.ended = time.monotonic()
+            bar.close()
+        return self
+
+    def frame(self, source: pd.DataFrame | None = None) -> pd.DataFrame:
+        """Give the rows with the columns that `LLMFrame.complete` would give; what has not come is ``pending``.
+
+        Nothing is asked: `refresh` or `wait` bring what has ended.
+
+        Parameters
+        ----------
+        source : DataFrame, optional
+            The frame that was submitted, where it has columns that the directory could not keep.
+
+        Raises
+        ------
+        ConfigurationError
+            Another frame than was submitted; a pydantic model that cannot be found.
+        """
+        if source is None and self._kept.left_out:
+            warn(
+                f"the job's directory could not keep the column(s) {', '.join(self._kept.left_out)}; pass the frame, "
+                "job.frame(df), to have them"
+            )
+        if source is not None and not (
+            len(source) == len(self._kept.frame) and source.index.equals(self._kept.frame.index)
+        ):
+            raise ConfigurationError(
+                f"this is not the frame that was submitted: it has {len(source):,} rows where the job has "
+                f"{len(self._kept.frame):,}, or another index"
+            )
+        return self._state(source).frame()
+
+    def cancel(self) -> BatchJob:
+        """Send no more, and ask the provider to stop what runs; `wait` then takes what was done till then.
+
+        Raises
+        ------
+        EndpointError
+            The endpoint is away, or takes no key. Nothing more is sent all the same; call again.
+        """
+
+        async def cancel(worker: Worker) -> None:
+            await worker.cancel()
+
+        self._run(lambda: self._with_worker(cancel, None), lambda: None)
+        return self
+
+    def resubmit(self) -> BatchJob:
+        """Submit again what has no answer and may get one: expired, cancelled, missing, or failed on their side.
+
+        A row that the endpoint refused (a 4xx) stays ``failed``: change it and submit it anew.
+
+        Raises
+        ------
+        ConfigurationError
+            The job has not ended.
+        EndpointError
+            As for `refresh`.
+        """
+        with self._place.held():
+            ledger = self._ledger = self._place.load()
+            if not ledger.over:
+                raise ConfigurationError(
+                    f"the job in {self.directory} has not ended; job.wait() first, or job.cancel()"
+                )
+            sources = [part for part in ledger.parts if part.left and not part.taken]
+            if sources:
+                lines = self._lines_again(ledger)
+                made, _ = write_parts(self._place, lines, ledger.parts[-1].number + 1, FileLimits())
+                taken = [replace(part, taken=True) for part in sources]
+                self._ledger = self._place.save(
+                    replace(ledger.with_parts(*taken, *made), cancelled=False, swept=False, held_until_s=0.0)
+                )
+                for part in sources:
+                    self._place.delete(part.input)
+        return self._submitted()
+
+    def _lines_again(self, ledger: Ledger) -> Iterator[bytes]:
+        """Give the lines that are to be asked again: not those that were answered elsewhere meanwhile."""
+        plan = self._kept.plan
+        checkpoint = Checkpoint.look(ledger.terms.checkpoint)
+        found = {} if checkpoint is None else dict(checkpoint.find(plan.keys))
+        answered = {plan.keys[number].tobytes() for number in found}
+        for part in ledger.parts:
+            if part.left and not part.taken:
+                again = {each.key for each in self._place.left(part, lambda each: each.again)} - answered
+                yield from (line for line in self._place.lines(part.input) if key_of(line) in again)
+
+    # -- what is kept
+
+    @property
+    def _kept(self) -> Rows:
+        if self._rows is None:
+            self._rows = load_rows(self._place)
+        return self._rows
+
+    def _read(self) -> Schema | None:
+        """Find the schema that answers are read by, before anything is waited for."""
+        return self._access.schema_of(self._ledger.terms, self.directory)
+
+    def _state(self, source: pd.DataFrame | None = None) -> State:
+        """Put together what is known of each row."""
+        schema, rows, terms = self._read(), self._kept, self._ledger.terms
+        plan = rows.plan
+        outcomes = Outcomes(len(plan.keys))
+        for number in np.flatnonzero(rows.asked).tolist():
+            outcomes.put(number, Completion(status="pending", error="its batch has not ended"))
+        left = self._left()
+        numbers = (
+            {plan.keys[number].tobytes(): number for number in np.flatnonzero(rows.asked).tolist()} if left else {}
+        )
+        for each in left:
+            attempts = int(each.status != "pending")
+            number = numbers[each.key]
+            outcomes.put(number, Completion(status=each.status, error=each.error, attempts=attempts))
+        checkpoint = Checkpoint.look(terms.checkpoint)
+        for number, completion in () if checkpoint is None else checkpoint.find(plan.keys):
+            kept = runner.reread(completion, schema)
+            if kept is not None:
+                outcomes.put(number, replace(kept, source="request") if rows.asked[number] else kept)
+        several: dict[str, Any] = {"n": 2} if terms.several else {}
+        options = call_options(model=terms.model, output=terms.output, details=terms.details, **several)
+        return State(rows.frame if source is None else source, options, schema, plan, outcomes)
+
+    def _left(self) -> list[Left]:
+        """List what has no answer, what was submitted again left out."""
+        return [
+            each for part in self._ledger.parts for each in self._place.left(part) if not (each.again and part.taken)
+        ]
+
+    # -- the work
+
+    def _submitted(self) -> BatchJob:
+        """Send what may go out now."""
+        self._run(self._submit, lambda: None)
+        return self
+
+    async def _submit(self) -> None:
+        for number in range(1, TRIES + 1):
+            try:
+                await self._look()
+                return
+            except Away:
+                if number == TRIES:
+                    raise
+            await asyncio.sleep(min(self._access.poll_s, 2.0**number))
+
+    async def _look(self) -> float:
+        return await self._with_worker(_look, self._keeper())
+
+    async def _wait(self) -> None:
+        slow = 1.0
+        said = False
+        while True:
+            asked_s = 0.0
+            try:
+                before = self._ledger
+                asked_s = await self._look()
+                said = False
+                slow = 1.0 if self._ledger != before else min(SLOWEST, slow * SLOWER)
+            except (Away, Busy) as away:
+                slow = min(SLOWEST, slow * SLOWER)
+                asked_s = away.asked_s if isinstance(away, Away) else 0.0
+                if not said and isinstance(away, Away):
+                    say(f"{away}; the job waits and looks again", quiet=self._access.options.progress is False)
+                said = True
+                self._ledger = self._place.load()
+            if self._ledger.over:
+                return
+            await asyncio.sleep(max(asked_s, self._access.poll_s * slow))
+
+    async def _with_worker(self, work: Callable[[Worker], Coroutine[Any, Any, T]], keeper: Keeper | None) -> T:
+        """Be the one process at work on the job, on the ledger as it stands now."""
+        target = self._access.target(self._ledger.terms, self.directory)
+        held = self._place.held()
+        await loops.in_thread(held.__enter__)
+        try:
+            api = BatchApi(target, self._access.extras)
+            try:
+                worker = Worker(self._place, api, keeper, self._access.poll_s, self._place.load())
+                try:
+                    return await work(worker)
+                finally:
+                    self._ledger = worker.ledger
+            finally:
+                await api.close()
+        finally:
+            held.__exit__(None, None, None)
+
+    def _keeper(self) -> Keeper:
+        terms, schema = self._ledger.terms, self._read()
+        price = self._access.price_of(terms)
+        origin = Origin(terms.identity, terms.api, terms.model, terms.template, terms.parameters)
+
+        def read(payload: Any, request_id: str | None) -> Completion | None:
+            return answers.read_reply(
+                payload,
+                api=terms.api,  # type: ignore[arg-type]
+                schema=schema,
+                price=price,
+                several=terms.several,
+                latency_s=None,
+                attempts=1,
+                request_id=request_id,
+            )
+
+        return Keeper(lambda: Checkpoint.open(terms.checkpoint, origin), read)
+
+    def _run(self, work: Callable[[], Coroutine[Any, Any, Any]], beat: Callable[[], None]) -> None:
+        bound = self._access.target(self._ledger.terms, self.directory).bound and loops.in_running_loop()
+        door = loops.run_in_callers_loop if bound else loops.run
+        try:
+            door(work, beat)
+        except Away as away:
+            raise self._stopped(EndpointError(str(away))) from away
+        except LLMFrameError as error:
+            raise self._stopped(error) from error.__cause__
+        except KeyboardInterrupt:
+            raise self._stopped(Interrupted("interrupted")) from None
+
+    def _stopped(self, error: Any) -> Any:
+        """Give an error with the rows so far, and the way to come back."""
+        self._ledger = self._place.load()
+        try:
+            error.frame = self._state().frame()
+        except LLMFrameError:
+            error.frame = None
+        running = any(part.stage in ("running", "creating") for part in self._ledger.parts)
+        where = "the job goes on at the provider" if running else "the job is kept"
+        way = f"llmframe.BatchJob.open({self.directory!r}).wait() comes back to it"
+        error.args = (f"{error or 'stopped'} ({where}; {way})",)
+        return error
+
+    # -- how it shows itself
+
+    def __repr__(self) -> str:
+        lines = [f"<BatchJob {self.directory}: {self._words()}"]
+        parts = self.parts
+        if len(parts):
+            shown = parts.drop(columns="error").fillna("").to_string(index=False)
+            lines += [f"  {line}" for line in shown.splitlines()]
+        return "\n".join(lines) + ">"
+
+    def _repr_html_(self) -> str:
+        title = f"<strong>BatchJob</strong> <code>{html.escape(self.directory)}</code>: {html.escape(self._words())}"
+        parts = self.parts
+        numbers = ("part", "requests", "done", "failed", "left", "cost_usd")
+        heads = "".join(
+            f"<th scope='col' style='text-align:{'right' if name in numbers else 'left'}'>{name}</th>" for name in parts
+        )
+        rows = "".join(
+            "<tr>"
+            + "".join(
+                f"<td style='text-align:{'right' if name in numbers else 'left'}'>{html.escape(_cell(value))}</td>"
+                for name, value in zip(parts.columns, row, strict=True)
+            )
+            + "</tr>"
+            for row in parts.itertuples(index=False)
+        )
+        table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+        return f"<div class='llmframe-batch'>{title}{table}</div>"
+
+    def _words(self) -> str:
+        ledger = self._ledger
+        if not ledger.parts:
+            return "every answer was in the checkpoint; nothing was submitted"
+        stages = Counter(_status_of(part) for part in ledger.parts if part.stage != "replaced")
+        said = ", ".join(f"{count:,} {status}" for status, count in stages.items())
+        asked = sum(part.requests for part in ledger.parts if part.stage != "replaced" and not part.taken)
+        done = sum(part.done for part in ledger.parts)
+        cost = "" if ledger.cost_usd is None else f", {ledger.cost_usd:,.4f} USD so far"
+        return f"{done:,} of {asked:,} requests answered{cost}; parts: {said}"
+
+
+@dataclass(slots=True, eq=False)
+class _Going:
+    """A job as its bar shows it; see `progress.Going`."""
+
+    job: BatchJob
+    ended: float | None = None
+    started: float = field(default_factory=time.monotonic)
+    in_flight: int = 0
+    pacer: Pacer | None = None
+
+    @property
+    def options(self) -> Options:
+        """Of the call."""
+        return call_options(output=self.job._ledger.terms.output)
+
+    @property
+    def rows(self) -> int:
+        """Requests submitted."""
+        return sum(part.requests for part in self.job._ledger.parts if part.stage != "replaced" and not part.taken)
+
+    @property
+    def rows_done(self) -> int:
+        """Those that the provider is done with."""
+        return sum(part.done + part.failed for part in self.job._ledger.parts if part.stage != "replaced")
+
+    @property
+    def rows_a_request(self) -> float:
+        """One: requests are what is counted."""
+        return 1.0
+
+    @property
+    def usage(self) -> Usage:
+        """Of what was taken."""
+        return self.job.usage
+
+    @property
+    def cost_usd(self) -> float | None:
+        """The same in USD."""
+        return self.job.cost_usd
+
+    @property
+    def sent(self) -> int:
+        """None by this process."""
+        return 0
+
+    @property
+    def failures(self) -> Counter[str]:
+        """By what the parts wait for or came to."""
+        return Counter()
+
+    @property
+    def seconds(self) -> float:
+        """Since this process began to wait."""
+        return (time.monotonic() if self.ended is None else self.ended) - self.started
+
+
+async def _look(worker: Worker) -> float:
+    await worker.look()
+    return worker.asked_s
+
+
+def _status_of(part: Any) -> str:
+    if part.stage == "withdrawn":
+        return "withdrawn"
+    if part.stage in ("planned", "uploading", "uploaded", "creating"):
+        return part.status or "to submit"
+    return str(part.status or part.stage)
+
+
+def _cell(value: Any) -> str:
+    if value is None or value is pd.NA or (isinstance(value, float) and value != value):
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.4f}"
+    return f"{value:,}" if isinstance(value, int | np.integer) else str(value)[:200]
