@@ -11,9 +11,10 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -41,8 +42,6 @@ from llmframe.results import STATUSES, Completion, Usage
 from llmframe.runner import Call
 from llmframe.schemas import Labels, Schema, read_schema
 from llmframe.state import State
-
-T = TypeVar("T")
 
 ANSWERS = "answers"  # the checkpoint in a job's directory, where the call names none
 TRIES = 4  # looks of a submission at an endpoint that is away, before it leaves the rest to `wait`
@@ -226,7 +225,7 @@ def _plan_job(place: Place, prompts: Prompts, options: Options, call: Call, keep
         prices=None if options.prices is None else dict(options.prices),
         schema=_kept_schema(options.schema, call.schema),
         keep_files=keep_files,
-        rows=len(prompts),
+        requests=len(numbers),
     )
     place.save(Ledger(terms=terms, parts=tuple(parts)))
     if left_out:
@@ -300,6 +299,7 @@ class BatchJob:
         self._place = place
         self._access = access
         self._rows = rows
+        self._target: Endpoint | None = None
         self._ledger = place.load()
         self.directory = os.fspath(place.path)
 
@@ -467,10 +467,11 @@ class BatchJob:
             The endpoint is away, or takes no key. Nothing more is sent all the same; call again.
         """
 
-        async def cancel(worker: Worker) -> None:
-            await worker.cancel()
+        async def cancel(api: BatchApi) -> None:
+            async with self._worker(api, None) as worker:
+                await worker.cancel()
 
-        self._run(lambda: self._with_worker(cancel, None), lambda: None)
+        self._run(cancel, lambda: None)
         return self
 
     def resubmit(self) -> BatchJob:
@@ -533,6 +534,8 @@ class BatchJob:
         outcomes = Outcomes(len(plan.keys))
         for number in np.flatnonzero(rows.asked).tolist():
             outcomes.put(number, Completion(status="pending", error="its batch has not ended"))
+        for number, reason in plan.unreadable.items():
+            outcomes.put(number, Completion(status="failed", error=reason))
         left = self._left()
         numbers = (
             {plan.keys[number].tobytes(): number for number in np.flatnonzero(rows.asked).tolist()} if left else {}
@@ -563,55 +566,52 @@ class BatchJob:
         self._run(self._submit, lambda: None)
         return self
 
-    async def _submit(self) -> None:
+    async def _submit(self, api: BatchApi) -> None:
         for number in range(1, TRIES + 1):
             try:
-                await self._look()
+                await self._look(api)
                 return
             except Away:
                 if number == TRIES:
                     raise
             await asyncio.sleep(min(self._access.poll_s, 2.0**number))
 
-    async def _look(self) -> float:
-        return await self._with_worker(_look, self._keeper())
+    async def _look(self, api: BatchApi) -> float:
+        """Look once; the seconds after which the endpoint asks to look again."""
+        async with self._worker(api, self._keeper()) as worker:
+            await worker.look()
+            return worker.asked_s
 
-    async def _wait(self) -> None:
-        slow = 1.0
-        said = False
+    async def _wait(self, api: BatchApi) -> None:
+        slow, asked_s, told = 1.0, 0.0, False
         while True:
-            asked_s = 0.0
+            before = self._ledger
             try:
-                before = self._ledger
-                asked_s = await self._look()
-                said = False
-                slow = 1.0 if self._ledger != before else min(SLOWEST, slow * SLOWER)
-            except (Away, Busy) as away:
-                slow = min(SLOWEST, slow * SLOWER)
-                asked_s = away.asked_s if isinstance(away, Away) else 0.0
-                if not said and isinstance(away, Away):
-                    say(f"{away}; the job waits and looks again", quiet=self._access.options.progress is False)
-                said = True
+                asked_s = await self._look(api)
+                told = False
+            except Busy:  # another process looks for us
                 self._ledger = self._place.load()
+            except Away as away:
+                asked_s = away.asked_s
+                if not told:
+                    say(f"{away}; the job waits, and looks again", quiet=self._access.options.progress is False)
+                told = True
             if self._ledger.over:
                 return
+            slow = 1.0 if self._ledger != before else min(SLOWEST, slow * SLOWER)
             await asyncio.sleep(max(asked_s, self._access.poll_s * slow))
 
-    async def _with_worker(self, work: Callable[[Worker], Coroutine[Any, Any, T]], keeper: Keeper | None) -> T:
+    @asynccontextmanager
+    async def _worker(self, api: BatchApi, keeper: Keeper | None) -> AsyncIterator[Worker]:
         """Be the one process at work on the job, on the ledger as it stands now."""
-        target = self._access.target(self._ledger.terms, self.directory)
         held = self._place.held()
         await loops.in_thread(held.__enter__)
         try:
-            api = BatchApi(target, self._access.extras)
+            worker = Worker(self._place, api, keeper, self._access.poll_s, self._place.load())
             try:
-                worker = Worker(self._place, api, keeper, self._access.poll_s, self._place.load())
-                try:
-                    return await work(worker)
-                finally:
-                    self._ledger = worker.ledger
+                yield worker
             finally:
-                await api.close()
+                self._ledger = worker.ledger
         finally:
             held.__exit__(None, None, None)
 
@@ -634,11 +634,22 @@ class BatchJob:
 
         return Keeper(lambda: Checkpoint.open(terms.checkpoint, origin), read)
 
-    def _run(self, work: Callable[[], Coroutine[Any, Any, Any]], beat: Callable[[], None]) -> None:
-        bound = self._access.target(self._ledger.terms, self.directory).bound and loops.in_running_loop()
-        door = loops.run_in_callers_loop if bound else loops.run
+    def _run(self, work: Callable[[BatchApi], Coroutine[Any, Any, Any]], beat: Callable[[], None]) -> None:
+        """Do it by the one door from sync to async, and say how to come back if it is stopped."""
+        if self._target is None:
+            self._target = self._access.target(self._ledger.terms, self.directory)
+        target = self._target
+
+        async def connected() -> None:
+            api = BatchApi(target, self._access.extras)
+            try:
+                await work(api)
+            finally:
+                await api.close()
+
+        door = loops.run_in_callers_loop if target.bound and loops.in_running_loop() else loops.run
         try:
-            door(work, beat)
+            door(connected, beat)
         except Away as away:
             raise self._stopped(EndpointError(str(away))) from away
         except LLMFrameError as error:
@@ -665,7 +676,7 @@ class BatchJob:
         lines = [f"<BatchJob {self.directory}: {self._words()}"]
         parts = self.parts
         if len(parts):
-            shown = parts.drop(columns="error").fillna("").to_string(index=False)
+            shown = parts.drop(columns="error").map(_cell).to_string(index=False)
             lines += [f"  {line}" for line in shown.splitlines()]
         return "\n".join(lines) + ">"
 
@@ -694,7 +705,7 @@ class BatchJob:
             return "every answer was in the checkpoint; nothing was submitted"
         stages = Counter(_status_of(part) for part in ledger.parts if part.stage != "replaced")
         said = ", ".join(f"{count:,} {status}" for status, count in stages.items())
-        asked = sum(part.requests for part in ledger.parts if part.stage != "replaced" and not part.taken)
+        asked = ledger.terms.requests
         done = sum(part.done for part in ledger.parts)
         cost = "" if ledger.cost_usd is None else f", {ledger.cost_usd:,.4f} USD so far"
         return f"{done:,} of {asked:,} requests answered{cost}; parts: {said}"
@@ -718,12 +729,12 @@ class _Going:
     @property
     def rows(self) -> int:
         """Requests submitted."""
-        return sum(part.requests for part in self.job._ledger.parts if part.stage != "replaced" and not part.taken)
+        return self.job._ledger.terms.requests
 
     @property
     def rows_done(self) -> int:
         """Those that the provider is done with."""
-        return sum(part.done + part.failed for part in self.job._ledger.parts if part.stage != "replaced")
+        return sum(part.done + (0 if part.taken else part.failed) for part in self.job._ledger.parts)
 
     @property
     def rows_a_request(self) -> float:

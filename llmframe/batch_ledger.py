@@ -137,8 +137,8 @@ class Terms:
         Labels, a JSON schema, or where a pydantic model is to be found.
     keep_files : bool
         Whether the files stay at the provider.
-    rows : int
-        Of the frame.
+    requests : int
+        That are asked.
     """
 
     id: str
@@ -157,7 +157,7 @@ class Terms:
     prices: dict[str, float] | None
     schema: dict[str, Any] | None
     keep_files: bool
-    rows: int
+    requests: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -93,6 +93,8 @@ def save_rows(place: Place, frame: pd.DataFrame, plan: Plan, asked: npt.NDArray[
         pa.binary(KEY_BYTES), len(plan.keys), [None, pa.py_buffer(plan.keys.tobytes())]
     )
     requests = pa.table({"key": keys, "first": plan.first.astype(np.int64), "asked": asked})
+    unreadable = [plan.unreadable.get(number) for number in range(len(plan.keys))]
+    requests = requests.append_column("unreadable", pa.array(unreadable, pa.string()))
     for name, made in ((ROWS, table), (REQUESTS, requests)):
         with place.write(name) as file:
             pq.write_table(made, file)
@@ -128,6 +130,7 @@ def load_rows(place: Place) -> Rows:
         np.frombuffer(keys, f"V{KEY_BYTES}"),
         {at: reason for at, reason in enumerate(reasons) if reason is not None},
         selected,
+        {at: reason for at, reason in enumerate(requests["unreadable"].to_pylist()) if reason is not None},
     )
     return Rows(frame, plan, requests["asked"].to_numpy(), tuple(notes["left_out"]))
 

@@ -1,0 +1,472 @@
+"""Batch jobs against a real server that keeps files and batches: the same call, half the price, nothing twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pandas as pd
+import pytest
+from pydantic import BaseModel
+
+from llmframe import BatchJob
+from llmframe.errors import BudgetExceeded, ConfigurationError, EndpointError, LLMFrameWarning
+from tests.server_batch import BatchBehaviour, BatchServer, Trap
+
+POLL_S = 0.02
+UNLIKE = ["response_source", "response_latency_s", "response_request_id"]  # what a batch may say otherwise
+PRICES = {"input": 1.0, "output": 2.0}
+
+
+@pytest.fixture(scope="module")
+def _server() -> Iterator[BatchServer]:
+    with BatchServer() as server:
+        yield server
+
+
+@pytest.fixture
+def server(_server: BatchServer) -> BatchServer:
+    """A Batch API with default behaviour; what other tests were paid for is still counted."""
+    _server.change(**{name: getattr(BatchBehaviour(), name) for name in BatchBehaviour.__dataclass_fields__})
+    _server.trap()
+    with openai.OpenAI(base_url=_server.base_url, api_key="any") as client:
+        for file in _server.files():
+            client.files.delete(file["id"])
+    return _server
+
+
+@pytest.fixture
+def frame(request: pytest.FixtureRequest) -> pd.DataFrame:
+    """Rows whose texts no other test has, one of them twice, with an index of their own."""
+    texts = [f"{request.node.name} {number}" for number in range(9)]
+    return pd.DataFrame({"text": [*texts, texts[3]]}, index=pd.Index(list("aabbccddee"), name="letter"))
+
+
+def submit(server: BatchServer, frame: pd.DataFrame, tmp_path: Path, **keywords: Any) -> BatchJob:
+    keywords = {"model": "m", "base_url": server.base_url, "job": tmp_path / "job", "poll_s": POLL_S, **keywords}
+    return frame.llm.submit_batch(keywords.pop("prompt", "{text}"), progress=False, **keywords)
+
+
+def reopened(server: BatchServer, tmp_path: Path, **keywords: Any) -> BatchJob:
+    return BatchJob.open(tmp_path / "job", base_url=server.base_url, poll_s=POLL_S, progress=False, **keywords)
+
+
+def complete(server: BatchServer, frame: pd.DataFrame, checkpoint: Path, **keywords: Any) -> pd.DataFrame:
+    keywords = {"model": "m", "base_url": server.base_url, "checkpoint": checkpoint, **keywords}
+    return frame.llm.complete(keywords.pop("prompt", "{text}"), progress=False, **keywords)
+
+
+def paid_for(server: BatchServer, frame: pd.DataFrame) -> list[int]:
+    """How often each text of the frame was paid for."""
+    from tests.server_batch import content_key
+
+    paid = server.paid()
+    bodies = [{"model": "m", "messages": [{"role": "user", "content": text}]} for text in frame["text"].unique()]
+    return [paid.get(content_key(body), 0) for body in bodies]
+
+
+class Review(BaseModel):
+    """What a schema test asks for."""
+
+    summary: str
+    stars: int
+
+
+# ---- the same call
+
+
+@pytest.mark.parametrize("api", ["chat", "responses"])
+def test_a_batch_gives_the_columns_of_complete(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path, api: Any
+) -> None:
+    out = submit(server, frame, tmp_path, details=True, api=api, prices=PRICES).wait().frame()
+    online = complete(server, frame, tmp_path / "other", details=True, api=api, prices=PRICES)
+    pd.testing.assert_series_equal(out["response_cost_usd"], online["response_cost_usd"] / 2)
+    unlike = [*UNLIKE, "response_cost_usd"]
+    pd.testing.assert_frame_equal(out.drop(columns=unlike), online.drop(columns=unlike))
+
+
+@pytest.mark.parametrize(
+    "schema", [["good", "bad"], Review, Review.model_json_schema()], ids=["labels", "model", "json"]
+)
+def test_a_schema_gives_its_typed_columns_also_in_another_process(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path, schema: Any
+) -> None:
+    submit(server, frame, tmp_path, schema=schema)
+    out = reopened(server, tmp_path).wait().frame()
+    pd.testing.assert_frame_equal(out, complete(server, frame, tmp_path / "other", schema=schema))
+
+
+def test_complete_finds_the_answers_of_a_batch_and_asks_nothing(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    job = submit(server, frame, tmp_path, checkpoint=tmp_path / "runs").wait()
+    asked = len(server.log())
+    out = complete(server, frame, tmp_path / "runs")
+    assert len(server.log()) == asked
+    pd.testing.assert_frame_equal(job.frame(), out)
+
+
+def test_rows_that_the_checkpoint_answers_are_not_submitted(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    complete(server, frame.iloc[:4], tmp_path / "runs")
+    job = submit(server, frame, tmp_path, checkpoint=tmp_path / "runs", details=True).wait()
+    assert job.parts["requests"].tolist() == [5]
+    assert job.frame()["response_source"].tolist() == ["checkpoint"] * 4 + ["request"] * 5 + ["duplicate"]
+    assert paid_for(server, frame) == [1] * 9
+
+
+def test_a_job_whose_rows_are_all_answered_submits_nothing(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    complete(server, frame, tmp_path / "runs")
+    asked = len(server.log())
+    job = submit(server, frame, tmp_path, checkpoint=tmp_path / "runs")
+    assert job.ended
+    assert job.frame()["response_status"].eq("ok").all()
+    assert not [line for line in server.log()[asked:] if line.startswith("POST")]
+
+
+def test_rows_left_out_and_rows_without_a_value_are_skipped(server: BatchServer, tmp_path: Path) -> None:
+    frame = pd.DataFrame({"text": ["skips a", None, "skips c"]})
+    out = submit(server, frame, tmp_path, where=[True, True, False]).wait().frame()
+    assert out["response_status"].tolist() == ["ok", "skipped", "skipped"]
+
+
+def test_the_frame_comes_back_in_another_process_with_its_types_and_index(server: BatchServer, tmp_path: Path) -> None:
+    frame = pd.DataFrame(
+        {
+            "text": [f"types {number}" for number in range(4)],
+            "small": pd.array([1, None, 3, 4], dtype="Int8"),
+            "day": pd.date_range("2024-01-01", periods=4, tz="Europe/Berlin"),
+            "kind": pd.Categorical(["a", "b", "a", None]),
+            "tags": [["x"], [], None, ["y", "z"]],
+            "nested": [{"a": {"b": 1}}] * 4,
+            7: [1.5, 2.5, 3.5, 4.5],
+        },
+        index=pd.MultiIndex.from_tuples([("x", 1), ("x", 1), ("y", 2), ("y", 3)], names=["one", None]),
+    )
+    job = submit(server, frame, tmp_path).wait()
+    pd.testing.assert_frame_equal(reopened(server, tmp_path).frame(), job.frame())
+
+
+def test_a_column_that_no_file_keeps_comes_back_with_the_frame_itself(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    frame["thing"] = [object() for _ in range(len(frame))]
+    expected = submit(server, frame, tmp_path).wait().frame()
+    with pytest.warns(LLMFrameWarning, match=r"could not keep the column\(s\) thing"):
+        assert "thing" not in reopened(server, tmp_path).frame()
+    pd.testing.assert_frame_equal(reopened(server, tmp_path).frame(frame), expected)
+    with pytest.raises(ConfigurationError, match="not the frame that was submitted"):
+        reopened(server, tmp_path).frame(frame.iloc[:3])
+
+
+# ---- what a line may come to
+
+
+def test_each_end_of_a_line_reaches_its_row(server: BatchServer, tmp_path: Path) -> None:
+    texts = {
+        "ok": "ends as it should",
+        "twice": "[[batch=twice]] ends twice",
+        "both": "[[batch=both]] ends in both files",
+        "4xx": "[[status=400]] ends",
+        "filtered": "[[status=400:content_filter]] ends",
+        "5xx": "[[status=500]] ends",
+        "missing": "[[batch=drop]] ends",
+        "refusal": "[[refusal=I cannot]] ends",
+        "cut": "[[finish=length]] ends",
+    }
+    frame = pd.DataFrame({"text": texts.values()}, index=texts.keys())
+    out = submit(server, frame, tmp_path).wait().frame()
+    statuses = out["response_status"].astype(str).to_dict()
+    assert statuses == {
+        "ok": "ok",
+        "twice": "ok",
+        "both": "ok",
+        "4xx": "failed",
+        "filtered": "filtered",
+        "5xx": "failed",
+        "missing": "pending",
+        "refusal": "refused",
+        "cut": "truncated",
+    }
+    assert out.loc["4xx", "response_error"] == "HTTP 400: The simulated server was told to answer 400."
+    assert out.loc["missing", "response_error"] == "not asked: the batch (completed) gave no line for it"
+    assert paid_for(server, frame.loc[["twice", "both"]]) == [1, 1]
+
+
+def test_resubmit_asks_again_what_may_get_an_answer_and_nothing_else(server: BatchServer, tmp_path: Path) -> None:
+    texts = ["again ok", "[[status=400]] again", "[[fail_first=1]] again", "[[status=400]] again too"]
+    frame = pd.DataFrame({"text": texts})
+    job = submit(server, frame, tmp_path).wait()
+    assert job.counts == {"ok": 1, "failed": 3}
+    assert job.parts["left"].tolist() == [1]
+    out = reopened(server, tmp_path).resubmit().wait().frame()
+    assert out["response_status"].tolist() == ["ok", "failed", "ok", "failed"]
+    assert paid_for(server, frame) == [1, 0, 1, 0]
+
+
+def test_resubmit_leaves_out_what_complete_has_answered_meanwhile(server: BatchServer, tmp_path: Path) -> None:
+    frame = pd.DataFrame({"text": ["[[fail_first=1]] m 1", "[[fail_first=1]] m 2"]})
+    job = submit(server, frame, tmp_path, checkpoint=tmp_path / "runs").wait()
+    complete(server, frame.iloc[:1], tmp_path / "runs")
+    job.resubmit().wait()
+    assert job.counts == {"ok": 2}
+    assert paid_for(server, frame) == [1, 1]
+
+
+def test_a_line_that_the_validation_names_fails_its_row_and_the_others_go_again_by_themselves(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    frame.iloc[2, 0] = "[[batch=refuse]] " + frame.iloc[2, 0]
+    out = submit(server, frame, tmp_path).wait().frame()
+    assert out["response_status"].tolist() == ["ok", "ok", "failed", *["ok"] * 7]
+    assert out["response_error"].iloc[2] == (
+        "the batch refused it: This line was told to be refused. (invalid_request)"
+    )
+
+
+def test_a_batch_that_expires_gives_what_was_done_and_the_rest_can_be_asked_again(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    server.change(stop_after=4, window_s=0.2)
+    job = submit(server, frame, tmp_path).wait()
+    assert job.counts["pending"] >= 5
+    assert set(job.frame()["response_error"].dropna()) == {
+        "not asked: This request could not be executed before the window expired. (batch_expired)"
+    }
+    server.change(stop_after=None, window_s=3600.0)
+    assert job.resubmit().wait().counts == {"ok": 10}
+    assert paid_for(server, frame) == [1] * 9
+
+
+def test_a_batch_that_is_cancelled_gives_what_was_done(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    server.change(stop_after=4, cancel_s=0.1)
+    job = submit(server, frame, tmp_path)
+    while job.refresh().parts["done"].sum() < 4:
+        pass
+    job.cancel()
+    assert sum(paid_for(server, frame)) == 4
+    out = reopened(server, tmp_path).wait().frame()
+    assert out["response_status"].iloc[:9].value_counts().to_dict()["ok"] == 4
+    assert job.wait().counts == reopened(server, tmp_path).counts
+
+
+# ---- limits
+
+
+def test_files_wait_for_their_turn_where_tokens_are_limited(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    server.change(enqueued_tokens=150)  # of a file of nine requests, which has about 180
+    job = submit(server, frame, tmp_path).wait()
+    assert job.counts == {"ok": 10}
+    assert len(job.parts) > 1
+    assert paid_for(server, frame) == [1] * 9
+
+
+def test_a_limit_that_is_not_named_is_found_by_halving(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    server.change(enqueued_tokens=150, say_limit=False)
+    assert submit(server, frame, tmp_path).wait().counts == {"ok": 10}
+    assert paid_for(server, frame) == [1] * 9
+
+
+def test_a_budget_that_the_worst_case_passes_stops_the_batch_before_anything_is_sent(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    asked = len(server.log())
+    with pytest.raises(BudgetExceeded, match="nothing was sent"):
+        submit(server, frame, tmp_path, max_cost=0.001, prices=PRICES, max_tokens=100)
+    assert len(server.log()) == asked
+    assert submit(server, frame, tmp_path, max_cost=1.0, prices=PRICES, max_tokens=100).wait().counts == {"ok": 10}
+
+
+# ---- no submission twice
+
+
+def test_the_same_call_with_the_same_directory_goes_on_with_the_job_that_is_there(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    submit(server, frame, tmp_path)
+    assert submit(server, frame, tmp_path).wait().counts == {"ok": 10}
+    assert paid_for(server, frame) == [1] * 9
+
+
+def test_another_call_with_the_same_directory_is_refused(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    submit(server, frame, tmp_path)
+    with pytest.raises(ConfigurationError, match="another call was submitted as"):
+        submit(server, frame, tmp_path, prompt="{text}!")
+
+
+@pytest.mark.parametrize("request_", ["POST /v1/files", "POST /v1/batches"])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_reply_that_is_lost_submits_nothing_twice(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path, request_: str, moment: Any
+) -> None:
+    server.trap(Trap(request_, 1, moment))
+    assert submit(server, frame, tmp_path).wait().counts == {"ok": 10}
+    assert paid_for(server, frame) == [1] * 9
+    assert server.files() == []
+
+
+def test_the_servers_death_loses_nothing(server: BatchServer, frame: pd.DataFrame, tmp_path: Path) -> None:
+    server.change(stop_after=3)
+    job = submit(server, frame, tmp_path)
+    while job.refresh().parts["done"].sum() < 3:
+        pass
+    server.kill()
+    with pytest.raises(EndpointError, match="the job goes on at the provider") as caught:
+        job.refresh()
+    assert caught.value.frame is not None
+    server.start()
+    server.change(stop_after=None)
+    assert job.wait().counts == {"ok": 10}
+    assert paid_for(server, frame) == [1] * 9
+
+
+# ---- the provider's files, the key, the directory
+
+
+def test_the_files_at_the_provider_are_deleted_unless_they_are_wanted(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    submit(server, frame, tmp_path).wait()
+    assert server.files() == []
+    submit(server, frame, tmp_path, job=tmp_path / "other", checkpoint=tmp_path / "runs", keep_files=True).wait()
+    assert sorted(file["purpose"] for file in server.files()) == ["batch", "batch_output"]
+
+
+def test_the_directory_never_holds_the_key(server: BatchServer, frame: pd.DataFrame, tmp_path: Path) -> None:
+    key = "sk-secret-0123456789"
+    job = submit(server, frame, tmp_path, api_key=key, extra_headers={"x-api-key": "another-secret-1"})
+    server.change(require_key="another")
+    with pytest.raises(EndpointError, match="Incorrect API key") as caught:
+        job.refresh()
+    assert key not in str(caught.value)
+    for path in (tmp_path / "job").rglob("*"):
+        if path.is_file():
+            assert b"secret" not in path.read_bytes()
+
+
+def test_the_key_of_one_endpoint_does_not_go_to_another(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    submit(server, frame, tmp_path)
+    asked = len(server.log())
+    with pytest.raises(ConfigurationError, match=r"this call's key is for https://api\.openai\.com/v1"):
+        BatchJob.open(tmp_path / "job").refresh()
+    assert len(server.log()) == asked
+
+
+def test_a_users_own_clients_hold(server: BatchServer, frame: pd.DataFrame, tmp_path: Path) -> None:
+    import httpx2
+
+    clients = [
+        openai.OpenAI(base_url=server.base_url, api_key="k"),
+        openai.AsyncOpenAI(base_url=server.base_url, api_key="k"),
+        openai.OpenAI(base_url=server.base_url, api_key="k", http_client=httpx2.Client()),
+    ]
+    for number, client in enumerate(clients):
+        rows = frame.assign(text=frame["text"] + f" {number}")
+        job = submit(server, rows, tmp_path, job=tmp_path / f"job{number}", client=client, base_url=None)
+        assert job.wait().counts == {"ok": 10}
+    for client in clients:
+        if isinstance(client, openai.OpenAI):
+            client.close()
+
+
+def test_an_endpoint_without_a_batch_api_says_so(server: BatchServer, frame: pd.DataFrame, tmp_path: Path) -> None:
+    with pytest.raises(EndpointError, match="seems to have no Batch API"):
+        submit(server, frame, tmp_path, base_url=server.base_url.replace("/v1", "/v2"))
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"history": "messages"},
+        {"on_error": "raise"},
+        {"refresh": True},
+        {"model": "local", "base_url": None},
+        {"poll_s": 0},
+        {"job": "s3://bucket/job"},
+    ],
+    ids=lambda keywords: next(iter(keywords)),
+)
+def test_what_a_batch_cannot_keep_is_refused_before_anything_is_sent(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path, keywords: Any
+) -> None:
+    asked = len(server.log())
+    with pytest.raises(ConfigurationError):
+        submit(server, frame, tmp_path, **keywords)
+    assert len(server.log()) == asked
+
+
+def test_a_class_that_is_not_imported_is_asked_for(server: BatchServer, frame: pd.DataFrame, tmp_path: Path) -> None:
+    submit(server, frame, tmp_path, schema=Review).wait()
+    code = f"import llmframe; llmframe.BatchJob.open({os.fspath(tmp_path / 'job')!r}).frame()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "was submitted with schema=Review, a class of tests.test_batch that is not imported here" in done.stderr
+
+
+def test_a_damaged_ledger_is_told_apart_from_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="there is no Batch job in"):
+        BatchJob.open(tmp_path)
+    (tmp_path / "job.json").write_text(json.dumps({"format": 1}))
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        BatchJob.open(tmp_path)
+    (tmp_path / "job.json").write_text(json.dumps({"format": 99}))
+    with pytest.raises(ConfigurationError, match="upgrade llmframe"):
+        BatchJob.open(tmp_path)
+
+
+# ---- how it shows itself
+
+
+def test_a_job_shows_its_parts(server: BatchServer, frame: pd.DataFrame, tmp_path: Path) -> None:
+    job = submit(server, frame, tmp_path, prices=PRICES).wait()
+    assert "9 of 9 requests answered" in repr(job)
+    html = job._repr_html_()
+    assert "<th scope='col'" in html
+    assert "completed" in html
+    assert job.cost_usd is not None
+    assert job.cost_usd == pytest.approx(job.usage.prompt_tokens * 0.5e-6 + job.usage.completion_tokens * 1e-6)
+
+
+def test_polling_waits_as_long_as_the_endpoint_asks(server: BatchServer, frame: pd.DataFrame, tmp_path: Path) -> None:
+    server.change(retry_after_s=1.0, validate_s=0.5)
+    job = submit(server, frame, tmp_path)
+    before = len(server.log())
+    job.wait()
+    looks = [line for line in server.log()[before:] if line.startswith("GET /v1/batches/")]
+    assert len(looks) <= 2  # without it there would be more than ten
+
+
+def test_waiting_survives_an_endpoint_that_is_away(server: BatchServer, frame: pd.DataFrame, tmp_path: Path) -> None:
+    server.change(stop_after=2)
+    job = submit(server, frame, tmp_path)
+    server.change(status_all=503, stop_after=None)
+    code = (
+        "import sys, llmframe\n"
+        f"job = llmframe.BatchJob.open(sys.argv[1], base_url={server.base_url!r}, poll_s=0.05)\n"
+        "print(job.wait().counts, flush=True)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, job.directory], stdout=subprocess.PIPE, text=True)
+    while not [line for line in server.log()[-3:] if line.startswith("GET /v1/batches/")]:
+        pass
+    server.change(status_all=None)
+    said, _ = process.communicate(timeout=60)
+    assert said == "{'ok': 10}\n"
