@@ -104,7 +104,8 @@ class Bar:
         self._state = state
         self._bar: Any = None
         self._drawn = time.monotonic()
-        self._course = deque([(self._drawn, state.rows_done)])
+        self._begun = self._drawn, state.rows_done
+        self._course = deque([self._begun])
         if state.rows_done < state.rows and wanted(progress):
             output = state.options.output
             self._bar = _Tqdm(
@@ -130,10 +131,10 @@ class Bar:
     def _update(self) -> None:
         state, course = self._state, self._course
         self._drawn = now = time.monotonic()
-        while state.ended is None and len(course) > 1 and now - course[0][0] > RATE_S:
+        while len(course) > 1 and now - course[0][0] > RATE_S:
             course.popleft()
         course.append((now, state.rows_done))
-        then, before = course[0]
+        then, before = course[0] if state.ended is None else self._begun
         columns = self._bar.format_dict["ncols"]  # a terminal's; a notebook has a percentage, or none
         taken = len(f"{self._bar.desc}|{'':{BLOCKS}}| ")
         room = columns - taken if isinstance(columns, int) else math.inf

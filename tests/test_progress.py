@@ -107,6 +107,21 @@ def test_the_bar_says_how_far_how_fast_and_at_what_cost(drawings: dict[int, list
         assert words in going[-1]
 
 
+def test_the_rate_that_is_left_standing_is_that_of_the_whole_run(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    going = state(rows=100, rows_done=0, options=SimpleNamespace(output="response"))
+    bar = progress.Bar(going, progress=True)
+    for seconds in range(1, 101):  # the last ten rows, of a hundred seconds, in the last two
+        clock[0], going.rows_done = float(seconds), seconds * 9 // 10 if seconds < 99 else 100
+        bar.draw()
+    going.ended = clock[0]
+    bar.close()
+    assert "100/100, in 00:12, 1/s" in capfd.readouterr().err.replace("1.0/s", "1/s")
+
+
 def test_a_run_with_nothing_to_ask_draws_no_bar(
     server: SimulatedServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

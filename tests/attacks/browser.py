@@ -122,7 +122,7 @@ def quickstart(page: Any, address: str, pictures: Path) -> None:
     page.get_by_role("menuitem", name="Settings", exact=True).click()
     page.locator(".lm-Menu-itemLabel:text-is('Theme')").hover()
     page.get_by_role("menuitem", name="JupyterLab Dark", exact=True).click()
-    page.locator("body[data-jp-theme-light=false]").wait_for(timeout=PATIENCE_MS)
+    page.locator("body[data-jp-theme-light=false]").wait_for(state="attached", timeout=PATIENCE_MS)
     page.locator(".llmframe-run").first.scroll_into_view_if_needed()
     page.wait_for_timeout(500)
     page.screenshot(path=pictures / "report-dark.png")
