@@ -64,4 +64,7 @@ def _watched() -> bool:
     shell = ipython.get_ipython() if ipython is not None else None
     if shell is not None and hasattr(shell, "kernel"):
         return True
+    marimo = sys.modules.get("marimo")
+    if marimo is not None and marimo.running_in_notebook():
+        return True
     return sys.stderr is not None and sys.stderr.isatty()

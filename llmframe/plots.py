@@ -23,7 +23,7 @@ RATE, WINDOW, MARK = "#3b82c4", "#d9822b", "#c23030"
 SIZE_IN = (9.0, 2.9)
 NAMED = 12  # decisions told in words; more of them would cover the curve
 BINS = 40
-SPANS = 60  # of the course; fewer than its moments where the answers are few
+SPANS, EACH = 60, 4  # of the course at most, and the answers that each has on average at least
 FEW = 5  # moments; a line through one of them cannot be seen
 
 
@@ -115,7 +115,8 @@ def _rates(times: npt.NDArray[np.float64], rates: npt.NDArray[np.float64]) -> tu
     if len(times) < FEW:
         return times, rates
     answers = np.cumsum(rates * np.diff(times, prepend=0.0))
-    edges = np.linspace(0.0, times[-1], min(len(times), SPANS) + 1)
+    spans = min(len(times), SPANS, max(FEW, int(answers[-1] / EACH)))
+    edges = np.linspace(0.0, times[-1], spans + 1)
     reached = np.interp(edges, np.append(0.0, times), np.append(0.0, answers))
     return (edges[:-1] + edges[1:]) / 2, np.diff(reached) / np.diff(edges)
 
