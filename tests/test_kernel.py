@@ -92,6 +92,16 @@ class Kernel:
         """Run a cell to its end."""
         return self.finish(self.start(code))
 
+    def completions(self, code: str) -> list[str]:
+        """Press Tab at the end of some code."""
+        reply = self._client.complete(code, reply=True, timeout=CELL_S)
+        return list(reply["content"]["matches"])
+
+    def reference(self, code: str) -> str:
+        """Ask what a name is, as with ``?``."""
+        reply = self._client.inspect(code, reply=True, timeout=CELL_S)
+        return str(reply["content"]["data"]["text/plain"])
+
     def interrupt(self) -> None:
         """Press the stop button."""
         self._manager.interrupt_kernel()
@@ -336,3 +346,10 @@ show(len(out))
     assert f"{ANSWERED}/{ANSWERED}, in 00:0" in drawn[-1]
     assert any("in flight" in each for each in drawn)
     assert cell.stdout == f"{ROWS}\n"
+
+
+def test_tab_after_the_accessor_shows_its_verbs_and_a_question_mark_what_they_take(shared_kernel: Kernel) -> None:
+    shared_kernel.run("words = pd.DataFrame({'text': ['a']})")
+    shown = {name.rpartition(".")[2] for name in shared_kernel.completions("words.llm.")}
+    assert {"complete", "estimate", "messages", "review"} <= shown
+    assert "checkpoint" in shared_kernel.reference("words.llm.complete")
