@@ -19,6 +19,7 @@ import pytest
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import KernelManager
 
+from tests import turns
 from tests.server import SimulatedServer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(jupyter_client|zmq|tornado).*")
@@ -258,6 +259,39 @@ def test_a_cell_interrupted_twice_in_a_row_ends_and_the_next_call_works(
 
     assert kernel.run(cell).value == ROWS
     assert set(server.answered_by_content().values()) == {1}
+
+
+@CALLS
+@pytest.mark.parametrize("how", turns.TURNS)
+def test_an_interrupted_cell_whose_endpoint_has_turned_ends_in_time_with_all_that_was_answered(
+    kernel: Kernel, server: SimulatedServer, tmp_path: Path, call: str, how: str
+) -> None:
+    turns.slow(server)
+    kernel.run(f"""{turns.WATCH}
+keywords |= {{"checkpoint": {str(tmp_path / "runs")!r}, "max_attempts": 8}}
+rows = pd.DataFrame({{"text": [f"row {{i}}" for i in range({turns.ROWS})]}})
+""")
+    cell = f"watch({str(tmp_path / 'flag')!r})\nout = {call}('{{text}}', **keywords)".replace("df.llm", "rows.llm")
+    running = kernel.start(cell)
+    answered = turns.turn(server, how, tmp_path / "flag")
+    began = time.monotonic()
+    kernel.interrupt()
+    stopped = kernel.finish(running)
+    assert time.monotonic() - began < STOPPED_S
+    assert stopped.error in ("Interrupted", "CancelledError")
+
+    done, saved, left = kernel.run("""
+done = (llmframe.last_run().frame["response_status"] == "ok").sum().item()
+saved = (llmframe.read_checkpoint(keywords["checkpoint"])["status"] == "ok").sum().item()
+show([done, saved, left_behind()])
+""").value
+    assert left == []
+    assert done == saved
+    assert answered in (done, -1)
+    turns.mend(server)
+    kernel.run("keywords['api_key'] = f'sk-test-{next(keys)}'")  # the line of the other would wait out the minute
+    assert kernel.run(f"{cell}\nshow(len(out))").value == turns.ROWS
+    assert server.stats().answered == turns.ROWS - done
 
 
 @CALLS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import asyncio
 import itertools
+import json
 import multiprocessing
 import os
 import signal
@@ -27,6 +28,7 @@ import pytest
 
 import llmframe
 from llmframe import engine, loops
+from tests import turns
 from tests.server import SimulatedServer
 
 STOPPED_S = 2.0  # from an interrupt to the exception
@@ -327,6 +329,37 @@ def test_what_was_answered_before_ctrl_c_is_in_the_checkpoint_and_never_asked_ag
     answered = server.answered_by_content()
     assert len(answered) == ROWS
     assert set(answered.values()) == {1}
+
+
+@needs_sigint
+@pytest.mark.parametrize("how", turns.TURNS)
+def test_ctrl_c_in_a_script_whose_endpoint_has_turned_returns_in_time_with_all_that_was_answered(
+    server: SimulatedServer, how: str, tmp_path: Path
+) -> None:
+    turns.slow(server)
+    body = turns.WATCH + textwrap.dedent(f"""
+        import json
+        keywords = dict(max_concurrency=4, checkpoint={str(tmp_path / "runs")!r})
+        watch({str(tmp_path / "flag")!r})
+        try:
+            ask(frame({turns.ROWS}), **keywords)
+        except llmframe.Interrupted as error:
+            print(json.dumps([int((error.frame["response_status"] == "ok").sum()), left_behind()]), flush=True)
+    """)
+    process = script(server, body)
+    assert process.stdout is not None
+    answered = turns.turn(server, how, tmp_path / "flag")
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    done, left = json.loads(process.stdout.readline())
+    assert time.monotonic() - began < STOPPED_S
+    assert finish(process)[0] == 0
+    assert left == []
+    assert done == saved_in(tmp_path / "runs")
+    assert answered in (done, -1)
+    turns.mend(server)
+    ask(server, frame(turns.ROWS), checkpoint=tmp_path / "runs")
+    assert server.stats().answered == turns.ROWS - done
 
 
 # ---- an interrupt in this process
