@@ -142,6 +142,8 @@ class Budget:
         )
         self.spent = Cost()
         """By what was settled."""
+        self.assumed = Cost()
+        """The part of it that is a worst case, since nobody said what was billed."""
         self.aside = Cost()
         """The worst case of what is in flight."""
         self._waiting: deque[Callable[[], None]] = deque()
@@ -164,6 +166,8 @@ class Budget:
         """Count what a request cost in place of what was set aside for it."""
         self.aside -= most
         self.spent += paid
+        if paid == most:  # an answer that takes as much as could be is as good as never met
+            self.assumed += paid
         while self._waiting:
             self._waiting.popleft()()
 
@@ -183,6 +187,10 @@ class Budget:
             said.append(
                 f"max_tokens_total={self.max_tokens:,} could be passed: {self.spent.tokens:,} tokens are spent, and "
                 f"the next request may take up to {most.tokens:,}"
+            )
+        if self.assumed.tokens:
+            said.append(
+                f"{self.assumed.tokens:,} tokens of that are the worst case of attempts that may have been billed"
             )
         return (
             f"{'; '.join(said)} ({self.bound.completion_tokens:,} of them for its answer); a call's budget is its own: "

@@ -34,7 +34,11 @@ AHEAD = 2  # requests beyond the window that are made and wait: by them the pace
 GRACE_S = 1.0  # what is in flight is paid for: how long a stopped run waits for it
 ALIKE = 20  # the same refusal of so many first rows, with no answer among them, is the run's failure
 GATEWAY = frozenset({502, 503, 504})  # statuses of whoever stands before a server that is not there
-MAYBE_BILLED = frozenset({408, 504, 524})  # whoever stands before the server gave up waiting; it may have answered
+MAYBE_BILLED = frozenset({408, 502, 504, 520, 524})
+"""Statuses of whoever stands before the server and gave up waiting, or could not read its answer: it may have answered.
+
+521 to 523 say that it was not reached, and a 500 or 503 is its own: nobody bills for those.
+"""
 REFUSALS_A_STRIKE = 3  # of one row, while others are answered: bad luck with a limit, until it has lasted too long
 BYTES_A_TOKEN = 4  # of English; the pacer learns how far that is off
 EXPECTED_TOKENS = 64  # reserved for an answer, until the pacer has learned what requests really take
@@ -83,12 +87,26 @@ class Policy:
 
 @dataclass(slots=True)
 class Tally:
-    """What a run has sent and met so far."""
+    """What a run has sent and met so far.
+
+    Attributes
+    ----------
+    sent, answered, in_flight : int
+        Attempts.
+    failures : Counter
+        Attempts that gave no answer, by kind.
+    maybe_billed : int
+        Those of them that may have been billed, though nobody says so.
+    unkept : dict of int to Completion
+        Answers, paid for, that did not fit and are being asked again, by request.
+    """
 
     sent: int = 0
     answered: int = 0
     in_flight: int = 0
     failures: Counter[str] = field(default_factory=Counter)
+    maybe_billed: int = 0
+    unkept: dict[int, Completion] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -312,6 +330,7 @@ class Crew:
             reply, payload, outcome = await self._ask(job)
         except BaseException:  # cancelled, or a fault of ours: the line is shared, and has to know
             self._line.release(job.tokens)
+            self._tally.maybe_billed += 1
             self._charge(job, None, None, None)
             raise
         finally:
@@ -373,7 +392,7 @@ class Crew:
             body = self._ask_again.repaired(job.number, job.repairs, payload, completion)
             if body is not None:
                 job.repairs += 1
-                job.unfit = completion
+                job.unfit = self._tally.unkept[job.number] = completion
                 self._send_again(job, body)  # in a run that was stopped it stays pending, and is asked anew
                 return
         self._done(job, completion)
@@ -388,6 +407,7 @@ class Crew:
 
     async def _failed(self, job: Job, reply: Reply | None, failure: Failure, latency_s: float) -> None:
         self._tally.failures[failure.kind] += 1
+        self._tally.maybe_billed += _may_be_billed(reply, failure)
         self._trouble = failure.message
         asked_s = self._tell_pacer(job, reply, failure, latency_s)
         if self._ask_again is not None:
@@ -489,6 +509,7 @@ class Crew:
     def _done(self, job: Job, completion: Completion) -> None:
         self._open -= 1
         self._failing -= job.failed > 0
+        self._tally.unkept.pop(job.number, None)
         try:
             self._deliver(job.number, completion)
         except Exception as error:
@@ -541,17 +562,21 @@ def _wake(waiting: asyncio.Future[None]) -> None:
         waiting.set_result(None)
 
 
+def _may_be_billed(reply: Reply | None, failure: Failure) -> bool:
+    """Whether an attempt that gave no answer may be on the bill: somebody took it, and nobody says that it failed."""
+    if reply is None:
+        return failure.kind != "connection"  # there nobody took the request
+    return reply.status == 200 or reply.status in MAYBE_BILLED
+
+
 def _paid(budget: Budget, most: Cost, reply: Reply | None, payload: Any, outcome: Completion | Failure | None) -> Cost:
     """Give what an attempt cost, as far as anybody says."""
     usage: Usage | None = None
     if isinstance(outcome, Completion):
         if outcome.prompt_tokens and (outcome.completion_tokens or not outcome.text):
             usage = Usage(outcome.prompt_tokens, outcome.completion_tokens or 0, outcome.cached_tokens or 0)
-    elif outcome is not None and reply is None:
-        if outcome.kind == "connection":  # nobody took the request
-            return Cost()
+    elif outcome is not None and not _may_be_billed(reply, outcome):
+        return Cost()
     elif reply is not None and reply.status == 200:  # an answer that could not be used
         usage = read_usage(payload)
-    elif reply is not None and reply.status not in MAYBE_BILLED:
-        return Cost()
     return most if usage is None else Cost.of(usage, budget.bound.price)

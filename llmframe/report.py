@@ -188,10 +188,9 @@ class Run:
             Figure("latency p95, s", "-" if late is None else f"{late:.2f}"),
         ]
         sent = [Figure("requests sent", f"{tally.sent:,}")]
-        sent += [
-            Figure(f"failed: {kind}" + (" (may have been billed)" if kind == "timeout" else ""), f"{count:,}")
-            for kind, count in tally.failures.most_common()
-        ]
+        sent += [Figure(f"failed: {kind}", f"{count:,}") for kind, count in tally.failures.most_common()]
+        if tally.maybe_billed:
+            sent.append(Figure("may have been billed without an answer", f"{tally.maybe_billed:,}"))
         return [rows, paid, took, sent]
 
     def _troubles(self) -> list[Trouble]:

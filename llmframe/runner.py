@@ -405,6 +405,9 @@ async def ask(prepared: Prepared, asked: npt.NDArray[np.intp]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
+        for unkept in state.tally.unkept.values():  # the run ended while they were asked again
+            _count(state, unkept)
+        state.tally.unkept.clear()
     if saving is not None and not saving.cancelled():
         saving.result()  # it ends by itself only where the store failed
     asking.result()
@@ -470,14 +473,7 @@ def _deliverer(prepared: Prepared) -> Callable[[int, Completion], None]:
         state.outcomes.put(number, completion)
         state.rows_done += int(shared[number])
         if completion.status in PAID:
-            state.usage += Usage(
-                completion.prompt_tokens or 0,
-                completion.completion_tokens or 0,
-                completion.cached_tokens or 0,
-                completion.reasoning_tokens or 0,
-            )
-            if completion.cost_usd is not None:
-                state.cost_usd = (state.cost_usd or 0.0) + completion.cost_usd
+            _count(state, completion)
         if checkpoint is not None:
             checkpoint.add(state.plan.keys[number].tobytes(), completion)
         if completion.status == "failed" and state.options.on_error == "raise":
@@ -490,6 +486,15 @@ def _row_failed(state: State, number: int, reason: str | None) -> RowFailed:
     position = int(state.plan.first[number])
     label = state.source.index[[position]].tolist()[0]  # Python's own type, as `tolist` gives it
     return RowFailed(f"row {position} (label {label!r}) failed: {reason}", position=position, label=label)
+
+
+def _count(state: State, paid: Completion) -> None:
+    """Add an answer to what the run has paid."""
+    state.usage += Usage(
+        paid.prompt_tokens or 0, paid.completion_tokens or 0, paid.cached_tokens or 0, paid.reasoning_tokens or 0
+    )
+    if paid.cost_usd is not None:
+        state.cost_usd = (state.cost_usd or 0.0) + paid.cost_usd
 
 
 def split_extras(params: Any) -> tuple[dict[str, Any], Extras]:

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 import llmframe
 from llmframe import failures
 from llmframe.budget import PART_TOKENS, TEMPLATE_TOKENS, Bound, Budget, Cost, most_completion_tokens
+from llmframe.endpoint import Reply
+from llmframe.engine import _paid
 from llmframe.errors import BudgetExceeded, ConfigurationError
 from llmframe.prices import Prices
 from llmframe.results import Usage
@@ -202,6 +204,37 @@ def test_what_may_have_been_billed_counts_at_its_worst(server: SimulatedServer, 
     server.configure(**{f"p_{fault}": 0.5}, seed=3)
     stopped(server, frame(60), max_tokens_total=9_000)  # a worst case is some 370 tokens, an answer 15
     assert server.stats().received < 60
+
+
+def half(directive: str) -> pd.DataFrame:
+    """Rows of which every other one is answered, and so shows that the endpoint is there."""
+    return pd.DataFrame({"text": [f"row {number} " + directive * (number % 2) for number in range(60)]})
+
+
+@pytest.mark.usefixtures("quick_backoff")
+@pytest.mark.parametrize("status", [408, 502, 504, 520, 524])
+def test_a_gateway_that_got_no_answer_may_have_been_billed_for_one(server: SimulatedServer, status: int) -> None:
+    error = stopped(server, half(f"[[status={status}]]"), max_tokens_total=2_500)
+    assert "are the worst case of attempts that may have been billed" in str(error)
+    assert 1 <= llmframe.last_run()._state.tally.maybe_billed <= 2_500 // 300
+
+
+@pytest.mark.parametrize("status", [400, 429, 500, 501, 503, 521, 522, 523, 529])
+def test_a_server_that_says_that_it_failed_bills_nothing(status: int) -> None:
+    reply = Reply(status, {}, b"")
+    failure = failures.of_reply(status, {}, b"", None)
+    assert failure is not None
+    budget = Budget(bound=Bound(10), max_tokens=1_000)
+    assert _paid(budget, budget.bound(b""), reply, None, failure) == Cost()
+
+
+def test_an_attempt_that_timed_out_may_have_been_billed(server: SimulatedServer) -> None:
+    out = call(server, half("[[sleep=5]]").head(8), max_tokens_total=9_000, timeout=0.3, max_attempts=1)
+    assert out["response_status"].tolist() == ["ok", "failed"] * 4
+    assert llmframe.last_run()._state.tally.maybe_billed == 4
+    assert "may have been billed without an answer" in llmframe.last_run()._repr_html_()
+    stopped(server, half("[[sleep=5]]"), max_tokens_total=5_000, timeout=0.3, max_attempts=1)
+    assert server.stats().answered < 8 + 60
 
 
 @pytest.mark.usefixtures("quick_backoff")

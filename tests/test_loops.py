@@ -505,6 +505,28 @@ def test_an_answer_that_comes_within_a_second_of_an_interrupt_is_kept(server: Si
     assert server.stats().answered == IN_FLIGHT
 
 
+def test_an_answer_that_was_being_repaired_at_an_interrupt_is_in_the_usage_and_asked_anew(
+    server: SimulatedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "GRACE_S", 0.0)
+    source = frame(4, "[[unfit_first=1]] [[sleep=0.3]] row")
+    schema = {"type": "object", "properties": {"stars": {"type": "integer"}}, "required": ["stars"]}
+    keywords: dict[str, Any] = {"checkpoint": tmp_path / "runs", "schema": schema}
+    with (
+        interrupted_when(lambda: server.stats().received == 8),
+        pytest.raises(llmframe.Interrupted) as stopped,
+    ):
+        ask(server, source, **keywords)
+    stats = server.wait_for(in_flight=0)
+    assert stats.answered == 4
+    assert stopped.value.frame is not None
+    assert stopped.value.frame["response_status"].tolist() == ["pending"] * 4
+    usage = llmframe.last_run().usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (stats.prompt_tokens, stats.completion_tokens)
+    ask(server, source, **keywords)
+    assert server.stats().answered == 4 + 8
+
+
 def test_whatever_a_signal_handler_raises_stops_the_run(
     server: SimulatedServer, standstill: Callable[[], bool], tmp_path: Path
 ) -> None:
