@@ -28,6 +28,7 @@ from llmframe.report import Run
 from llmframe.results import Completion, Usage
 from llmframe.review import Review
 from llmframe.runner import last_run
+from llmframe.vectors import similarity
 
 __all__ = [
     "BatchJob",
@@ -56,6 +57,7 @@ __all__ = [
     "local",
     "read_checkpoint",
     "run",
+    "similarity",
 ]
 
 await_dask()

@@ -15,11 +15,12 @@ from llmframe.batch import BatchJob, submit_batch
 from llmframe.batch_work import POLL_S
 from llmframe.errors import ConfigurationError, TemplateError
 from llmframe.estimate import Estimate, estimate
-from llmframe.options import Options, call_options, gather, method_takes_options
+from llmframe.options import Options, call_options, embed_options, gather, gather_embedding, method_takes_options
 from llmframe.planning import select
 from llmframe.prompts import Missing, Prompt, Prompts
 from llmframe.results import typed
 from llmframe.review import Review, review
+from llmframe.texts import Texts
 
 
 @pd.api.extensions.register_dataframe_accessor("llm")
@@ -140,6 +141,59 @@ class LLMFrame:
         state = await runner.acomplete(*self._call(prompt, keywords))
         return state.frame()
 
+    @method_takes_options(embed_options)
+    def embed(self, text: Prompt, **keywords: Any) -> pd.DataFrame:
+        """Ask a model for the embedding of each row's text, many in one request, and give the frame with them.
+
+        Parameters
+        ----------
+        text : column name, template, or callable
+            What is embedded: ``"review"``, ``"{title}: {body}"``, or a function of a row that returns text.
+        model : str
+            The model's name, as in ``"text-embedding-3-small"``. It is not taken from `configure`, whose model answers.
+        output : str, default "embedding"
+            The column of vectors, and the prefix of the others.
+        dimensions : int, optional
+            The length of the vectors, for a model that can shorten them.
+        details : bool, default False
+            Also write cost (USD), latency (s), attempts, model, source and request id.
+        where, refresh, na, checkpoint, dedupe, on_error, progress : optional
+            As for `complete`.
+        max_concurrency, rpm, tpm, max_cost, max_tokens_total, prices, timeout, max_attempts : optional
+            As for `complete`; ``prices`` needs no ``"output"``.
+        client, base_url, api_key : optional
+            As for `complete`.
+        **params
+            Anything else goes to the API: ``user``, ``extra_body``, ...
+
+        Returns
+        -------
+        DataFrame
+            A new frame, with the index and order of this one, and the columns ``embedding`` (arrays of float32, views
+            of one matrix; None where there is none), ``embedding_status``, ``embedding_error`` and
+            ``embedding_prompt_tokens`` (a request's tokens are shared out over its texts; the sum is exact).
+
+        Raises
+        ------
+        ConfigurationError, TemplateError, CheckpointError
+            Before any request.
+        EndpointError, BudgetExceeded, RowFailed, Interrupted
+            While it runs; ``.frame`` holds the rows done so far.
+
+        Examples
+        --------
+        >>> keywords = {"model": "text-embedding-3-small", "api_key": "sk-..."}
+        >>> pd.DataFrame({"text": [None]}).llm.embed("text", **keywords)["embedding_error"].tolist()
+        ["missing value in column 'text'"]
+        """
+        return runner.complete(*self._embedding(text, keywords)).frame()
+
+    @method_takes_options(embed_options)
+    async def aembed(self, text: Prompt, **keywords: Any) -> pd.DataFrame:
+        """Do as `embed` does, for a caller that has an event loop."""
+        state = await runner.acomplete(*self._embedding(text, keywords))
+        return state.frame()
+
     @method_takes_options(call_options)
     def messages(self, prompt: Prompt, **keywords: Any) -> pd.Series[Any]:
         """Give the messages that each row would send; nothing is sent.
@@ -168,7 +222,7 @@ class LLMFrame:
         Parameters
         ----------
         prompt
-            As for `complete`, with its keywords. No key is needed.
+            As for `complete`, with its keywords; with ``api="embeddings"`` as for `embed`. No key is needed.
         sample : int, optional
             Ask so many rows for real, spread over the frame, and take the length of the others' answers from theirs.
             It needs ``checkpoint=``, which keeps them: `complete` does not ask them again.
@@ -190,6 +244,9 @@ class LLMFrame:
         >>> made.requests, made.prompt_tokens, made.completion_tokens, round(made.cost_usd, 6)
         (2, 26, 100, 6.4e-05)
         """
+        if keywords.get("api") == "embeddings":
+            given = {name: value for name, value in keywords.items() if name != "api"}
+            return estimate(*self._embedding(prompt, given), sample=sample)
         return estimate(*self._call(prompt, keywords), sample=sample)
 
     @method_takes_options(call_options)
@@ -303,6 +360,10 @@ class LLMFrame:
         )
         return prompts, options
 
+    def _embedding(self, text: Prompt, keywords: dict[str, Any]) -> tuple[Prompts, Options]:
+        options = gather_embedding(keywords)
+        return Texts(self._frame, text, na=options.na), options
+
 
 @pd.api.extensions.register_series_accessor("llm")
 class LLMSeries:
@@ -346,3 +407,22 @@ class LLMSeries:
         frame = self._series.to_frame("")
         prompts = Prompts(frame, prompt, system=options.system, examples=options.examples, na=options.na)
         return runner.complete(prompts, options).frame()[options.output]
+
+    @method_takes_options(embed_options)
+    def embed(self, text: str = "{}", **keywords: Any) -> pd.Series[Any]:
+        """Ask a model for the embedding of each value, and give the vectors alone.
+
+        Parameters
+        ----------
+        text : str, default "{}"
+            A template in which ``{}`` is the value; the keywords are those of `LLMFrame.embed`.
+
+        Returns
+        -------
+        Series
+            Arrays of float32, with the index of this one. The other columns are in ``llmframe.last_run().frame``.
+        """
+        if not isinstance(text, str) or "{" not in text:
+            raise TemplateError(f"the text {text!r:.60} has no {{}} for the value, as in 'passage: {{}}'")
+        options = gather_embedding(keywords)
+        return runner.complete(Texts(self._series.to_frame(""), text, na=options.na), options).frame()[options.output]

@@ -6,7 +6,7 @@ The key knows nothing of it: it is the request that the user meant, before any r
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
@@ -102,6 +102,10 @@ class Asking:
             way = "json_object with the schema in the prompt" if step == "json_object" else "the schema in the prompt"
             self._tell(f"the endpoint does not take {form} ({failure.message:.160}); going on with {way}")
         return self.body(messages)
+
+    def divided(self, number: int, failure: Failure | None) -> Sequence[tuple[int, bytes]]:  # noqa: ARG002
+        """Give nothing: a request is of one row."""
+        return ()
 
     def _told(self, messages: Messages) -> Messages:
         """Put the schema into the last user turn, where it is not enforced: some models refuse a system turn."""

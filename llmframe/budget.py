@@ -192,6 +192,8 @@ class Budget:
             said.append(
                 f"{self.assumed.tokens:,} tokens of that are the worst case of attempts that may have been billed"
             )
+        if not self.bound.completion_tokens:
+            return f"{'; '.join(said)}; a call's budget is its own: call again for more rows"
         return (
             f"{'; '.join(said)} ({self.bound.completion_tokens:,} of them for its answer); a call's budget is its own: "
             "call again for more rows, or with a smaller max_tokens="

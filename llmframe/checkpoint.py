@@ -27,9 +27,22 @@ import pyarrow as pa
 from llmframe.errors import CheckpointError
 from llmframe.index import Hits, Index
 from llmframe.notices import warn
-from llmframe.parts import COLUMNS, Heads, NewerFormat, NotAPart, Origin, Part, PartWriter, Row, completions, encode
+from llmframe.parts import (
+    COLUMNS,
+    Heads,
+    NewerFormat,
+    NotAPart,
+    Origin,
+    Part,
+    PartWriter,
+    Row,
+    Rows,
+    completions,
+    encode,
+)
 from llmframe.results import STATUSES, Completion, text_dtype
 from llmframe.storage import Storage, storage_at
+from llmframe.vectors import Embeddings
 
 __all__ = ["Checkpoint", "Origin", "read_checkpoint"]
 
@@ -112,7 +125,7 @@ class Checkpoint:
         self._index = index
         self._writer = f"{time.time_ns() // 1_000_000:012x}{os.urandom(5).hex()}"  # sorts by age
         self._numbers = itertools.count(1)
-        self._rows: list[Row] = []
+        self._rows: list[Row | Rows] = []
         self._characters = 0
         self._answered_at = 0
         self._flushed = time.monotonic()
@@ -152,7 +165,7 @@ class Checkpoint:
     @property
     def unsaved(self) -> int:
         """The answers added and not yet durable."""
-        return len(self._rows)
+        return _count(self._rows[:])
 
     def find(self, keys: npt.NDArray[np.void]) -> Iterator[tuple[int, Completion]]:
         """Yield the answers on disk to some of these keys, each with the place of its key, in no set order.
@@ -165,6 +178,11 @@ class Checkpoint:
         keys : array of void
             SHA-256 digests, as `packed` gives them.
         """
+        for places, table in self.tables(keys):
+            yield from zip(places.tolist(), completions(table), strict=True)
+
+    def tables(self, keys: npt.NDArray[np.void]) -> Iterator[tuple[npt.NDArray[np.intp], pa.Table]]:
+        """Yield what `find` does, many rows at a time and laid out as `COLUMNS`, with the places of their keys."""
         order = np.argsort(keys)
         while True:
             index = self._indexed()
@@ -175,9 +193,8 @@ class Checkpoint:
                 try:
                     with self._parts.open(name) as part:
                         for table in part.take(rows):
-                            answers = completions(table)
-                            yield from zip(places[given : given + len(answers)].tolist(), answers, strict=True)
-                            given += len(answers)
+                            yield places[given : given + table.num_rows], table
+                            given += table.num_rows
                 except (FileNotFoundError, NotAPart) as error:  # merged meanwhile, or damaged: look elsewhere
                     self._parts.lost(name, error)
                     missed.append(places[given:])
@@ -212,6 +229,12 @@ class Checkpoint:
         if isinstance(completion.text, str):
             self._characters += len(completion.text)
 
+    def add_embeddings(self, keys: npt.NDArray[np.void], found: Embeddings) -> None:
+        """Take the embeddings that one request gave, to be made durable by the next `flush`."""
+        self._answered_at = max(time.time_ns() // 1_000, self._answered_at + 1)
+        self._rows.append(Rows(keys, found, self._answered_at))
+        self._characters += found.vectors.nbytes
+
     def due(self, now: float) -> bool:
         """Say whether it is time to flush, by `time.monotonic`; not while a flush is under way."""
         return (
@@ -243,8 +266,8 @@ class Checkpoint:
                     file.write(data)
             except OSError as error:
                 raise CheckpointError(
-                    f"{len(rows):,} answers could not be saved in {self._where}: {_reason(error)}; mend that and make "
-                    "the same call again: what was saved before is not asked again"
+                    f"{_count(rows):,} answers could not be saved in {self._where}: {_reason(error)}; mend that and "
+                    "make the same call again: what was saved before is not asked again"
                 ) from error
             del self._rows[: len(rows)]
             self._own[name] = data.size
@@ -600,10 +623,12 @@ def _frame(table: pa.Table, origins: Sequence[Origin]) -> pd.DataFrame:
     text = text_dtype()
     dtypes = {pa.string(): text, pa.int64(): pd.Int64Dtype(), pa.float64(): pd.Float64Dtype()}
     table = table.sort_by("answered_at")
-    plain = table.drop_columns(["key", "texts", "origin"])
+    plain = table.drop_columns(["key", "texts", "embedding", "origin"])
     frame: pd.DataFrame = plain.to_pandas(types_mapper=dtypes.get)
     frame.insert(0, "key", pd.Series([key.hex() for key in table["key"].to_pylist()], dtype=text))
     frame.insert(3, "texts", pd.Series(table["texts"].to_pylist(), dtype=object))
+    vectors = [_vector(raw) for raw in table["embedding"].to_pylist()]
+    frame.insert(len(frame.columns) - 1, "embedding", pd.Series(vectors, dtype=object))
     frame["status"] = pd.Categorical(frame["status"], categories=list(STATUSES))
     codes = table["origin"].fill_null(-1).to_numpy()
     for field in fields(Origin):
@@ -615,12 +640,20 @@ def _frame(table: pa.Table, origins: Sequence[Origin]) -> pd.DataFrame:
     return frame
 
 
+def _vector(raw: bytes | None) -> npt.NDArray[np.float32] | None:
+    return None if raw is None else np.frombuffer(raw[: len(raw) // 4 * 4], "<f4")
+
+
 def _no_directory(where: str) -> CheckpointError:
     return CheckpointError(f"{where} is not a directory, and a checkpoint is one: name another path")
 
 
 def _reason(error: OSError) -> str:
     return error.strerror or str(error) or type(error).__name__
+
+
+def _count(rows: Sequence[Row | Rows]) -> int:
+    return sum(len(row.keys) if isinstance(row, Rows) else 1 for row in rows)
 
 
 class _NoMerging(Exception):

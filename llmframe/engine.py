@@ -10,7 +10,7 @@ import asyncio
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -40,6 +40,7 @@ MAYBE_BILLED = frozenset({408, 502, 504, 520, 524})
 521 to 523 say that it was not reached, and a 500 or 503 is its own: nobody bills for those.
 """
 REFUSALS_A_STRIKE = 3  # of one row, while others are answered: bad luck with a limit, until it has lasted too long
+STRIKES_TOGETHER = 3  # failures of a request of several rows before it is sent in parts: it may be one of them
 BYTES_A_TOKEN = 4  # of English; the pacer learns how far that is off
 EXPECTED_TOKENS = 64  # reserved for an answer, until the pacer has learned what requests really take
 
@@ -57,11 +58,17 @@ class Ask(Protocol):
         """Give the body to send after a refusal of the request's form; None where it is none."""
         ...
 
+    def divided(self, number: int, failure: Failure | None) -> Sequence[tuple[int, bytes]]:
+        """Give what to send in place of a request that fails, or fits no budget; nothing where it is one row's."""
+        ...
+
 
 class Read(Protocol):
     """Reads the JSON of a reply; None where it holds no answer."""
 
-    def __call__(self, payload: Any, *, latency_s: float, attempts: int, request_id: str | None) -> Completion | None:
+    def __call__(
+        self, payload: Any, *, number: int, latency_s: float, attempts: int, request_id: str | None
+    ) -> Completion | None:
         """Give the completion."""
         ...
 
@@ -267,7 +274,7 @@ class Crew:
             while (job := self._take()) is not None:
                 self._hire()
                 if not await self._afford(job):
-                    return
+                    continue  # it was divided, or the run is over
                 await self._line.enter(job.tokens)
                 await self._attempt(job)
         except Exception as error:
@@ -294,11 +301,13 @@ class Crew:
     # -- the budget
 
     async def _afford(self, job: Job) -> bool:
-        """Set aside the most that an attempt can cost; False where it does not fit, and the run ends."""
+        """Set aside the most that an attempt can cost; False where it does not fit, and is divided, or the run ends."""
         if self._budget is None:
             return True
         most = self._budget.bound(job.body)
         while not self._budget.fits(most):
+            if self._budget.idle and self._divide(job, None):
+                return False
             if self._budget.idle:
                 self._stop(BudgetExceeded(self._budget.refusal(most)))
                 return False
@@ -364,7 +373,9 @@ class Crew:
         if failure is not None:
             return reply, payload, failure
         request_id = reply.headers.get("x-request-id")
-        completion = self._read(payload, latency_s=latency_s, attempts=job.attempts, request_id=request_id)
+        completion = self._read(
+            payload, number=job.number, latency_s=latency_s, attempts=job.attempts, request_id=request_id
+        )
         if completion is None:
             failure = Failure("retry", "bad body", "the reply holds no answer (no choices)", reply.status)
             return reply, payload, failure
@@ -451,7 +462,10 @@ class Crew:
         if failure.kind == "connection" and self._unreached_since is None:
             self._unreached_since = job.started
         job.strikes += self._is_strike(job, failure)
-        if failure.verdict == "row" or job.strikes >= self._policy.max_attempts:
+        last = failure.verdict == "row" or job.strikes >= self._policy.max_attempts
+        if (last or (job.strikes >= STRIKES_TOGETHER and failure.kind != "rate limit")) and self._divide(job, failure):
+            return None
+        if last:
             self._give_up(job, failure)
             return None
         if asked_s is not None and asked_s > PATIENCE_S:
@@ -487,6 +501,20 @@ class Crew:
         del self._later[job]
         self._due.append(job)
         self._hire()
+
+    def _divide(self, job: Job, failure: Failure | None) -> bool:
+        """Send a request of several rows in parts, ahead of what waits, so that one row costs no other its answer."""
+        parts = () if self._ask_again is None else self._ask_again.divided(job.number, failure)
+        if not parts or self._ask_again is None:
+            return False
+        self._open += len(parts) - 1
+        self._failing -= job.failed > 0
+        for number, body in reversed(parts):
+            tokens = text_bytes(body) // BYTES_A_TOKEN + EXPECTED_TOKENS
+            made = Job(number, body, tokens, answered_before=self._tally.answered, form=self._ask_again.form)
+            self._due.appendleft(made)
+        self._hire()
+        return True
 
     def _give_up(self, job: Job, failure: Failure) -> None:
         if job.unfit is not None:  # paid for, though nothing better came of asking again

@@ -24,6 +24,7 @@ from llmframe.planning import Plan
 from llmframe.prices import PriceOf
 from llmframe.prompts import Missing, Prompts
 from llmframe.results import Completion, Usage
+from llmframe.texts import text_of
 from llmframe.tokens import Counter, counter_for
 
 ENOUGH = 20  # answers whose mean says more of the others than a limit does
@@ -154,12 +155,14 @@ def _look(prompts: Prompts, options: Options, enough: int) -> _Look:
     assert options.model is not None
     kept = {} if options.checkpoint is None or options.refresh else _kept(options, call.plan, call.schema)
     counter = counter_for(options.model)
-    counted = _count(prompts, call.plan, counter)
+    counted = _count(prompts, call.plan, counter, embedding=options.embeds)
     asked = [number for number in range(len(counted)) if number not in kept and number not in call.plan.unreadable]
     unseen = _unseen(call.schema, call.params) + (["images"] if options.images else [])
     prompt_tokens, prompts_by = _prompt_tokens(counted, kept, asked, counter, unseen, enough)
     mean, completions_by = _completion_tokens(kept, call.params, enough)
     completion_tokens = None if mean is None else round(mean * len(asked))
+    if options.embeds:
+        completion_tokens, completions_by = 0, "an embedding has none"
     if not asked:
         completion_tokens, completions_by = 0, "nothing to ask"
     made = Estimate(
@@ -188,6 +191,11 @@ def _kept(options: Options, plan: Plan, schema: Any) -> Mapping[int, Completion]
     assert options.checkpoint is not None
     found: dict[int, Completion] = {}
     checkpoint = Checkpoint.look(options.checkpoint)
+    if options.embeds:
+        for number, completion in () if checkpoint is None else checkpoint.find(plan.keys):
+            if completion.status == "ok":
+                found[number] = completion
+        return found
     for number, completion in () if checkpoint is None else checkpoint.find(plan.keys):
         kept = runner.reread(completion, schema)
         if kept is not None and not (kept.text is None and kept.status != "ok" and options.where == "missing"):
@@ -195,10 +203,13 @@ def _kept(options: Options, plan: Plan, schema: Any) -> Mapping[int, Completion]
     return found
 
 
-def _count(prompts: Prompts, plan: Plan, counter: Counter) -> list[int]:
+def _count(prompts: Prompts, plan: Plan, counter: Counter, *, embedding: bool) -> list[int]:
     counted = []
     for messages in prompts.render(plan.first, for_key=True):
-        counted.append(0 if isinstance(messages, Missing) else counter.prompt(messages))
+        if isinstance(messages, Missing):
+            counted.append(0)
+        else:
+            counted.append(counter.count(text_of(messages)) if embedding else counter.prompt(messages))
     return counted
 
 

@@ -20,6 +20,7 @@ import pandas as pd
 
 from llmframe.errors import ConfigurationError
 from llmframe.prompts import Na
+from llmframe.requests import Api
 
 P = ParamSpec("P")
 S = TypeVar("S")
@@ -56,7 +57,7 @@ class Options:
     timeout: float | None
     max_attempts: int
     on_error: OnError
-    api: Literal["chat", "responses"]
+    api: Api
     client: openai.AsyncOpenAI | openai.OpenAI | None
     base_url: str | None
     api_key: str | None = field(repr=False)
@@ -66,7 +67,7 @@ class Options:
     def __post_init__(self) -> None:
         _check_choice("na", self.na, ("skip", "raise", "keep"))
         _check_choice("on_error", self.on_error, ("column", "raise"))
-        _check_choice("api", self.api, ("chat", "responses"))
+        _check_choice("api", self.api, ("chat", "responses", "embeddings"))
         for name in ("details", "refresh", "dedupe"):
             _check_choice(name, getattr(self, name), (True, False))
         _check_choice("progress", self.progress, (None, True, False))
@@ -92,6 +93,11 @@ class Options:
             if value is not None and (isinstance(value, bool) or not _is_number(value) or not 0 < value < float("inf")):
                 raise ConfigurationError(f"{name}={value!r} has to be a number above 0")
         _check_params(self.params)
+
+    @property
+    def embeds(self) -> bool:
+        """Whether embeddings are asked for, and no answers."""
+        return self.api == "embeddings"
 
     @property
     def several(self) -> bool:
@@ -125,7 +131,7 @@ def call_options(
     timeout: float | None = None,
     max_attempts: int = 8,
     on_error: OnError = "column",
-    api: Literal["chat", "responses"] = "chat",
+    api: Api = "chat",
     client: openai.AsyncOpenAI | openai.OpenAI | None = None,
     base_url: str | None = None,
     api_key: str | None = None,
@@ -142,7 +148,68 @@ def call_options(
     return Options(**locals())
 
 
+def embed_options(
+    *,
+    model: str | None = None,
+    output: str = "embedding",
+    dimensions: int | None = None,
+    details: bool = False,
+    where: Where | None = None,
+    refresh: bool = False,
+    na: Na = "skip",
+    checkpoint: str | os.PathLike[str] | None = None,
+    dedupe: bool = True,
+    max_concurrency: int | None = None,
+    rpm: float | None = None,
+    tpm: float | None = None,
+    max_cost: float | None = None,
+    max_tokens_total: int | None = None,
+    prices: Mapping[str, float] | None = None,
+    timeout: float | None = None,
+    max_attempts: int = 8,
+    on_error: OnError = "column",
+    client: openai.AsyncOpenAI | openai.OpenAI | None = None,
+    base_url: str | None = None,
+    api_key: str | None = None,
+    progress: bool | None = None,
+    **params: Any,
+) -> Options:
+    """Collect the keywords of a call for embeddings; its signature is the list of them.
+
+    Raises
+    ------
+    ConfigurationError
+        A value that a keyword cannot have, or a keyword that is about answers.
+    """
+    given = dict(locals())
+    del given["dimensions"], given["params"]
+    for name in params:
+        if name in KEYWORDS:
+            raise ConfigurationError(f"{name}= is about answers, and an embedding has none; leave it out")
+        if name == "encoding_format":
+            raise ConfigurationError("encoding_format= is chosen here: a column holds float32, however they were sent")
+        if name != "dimensions" and _one_typo(name, "dimensions"):
+            raise ConfigurationError(f"unknown keyword {name!r}; did you mean 'dimensions'?")
+    if dimensions is not None:
+        check_count("dimensions", dimensions)
+        params["dimensions"] = int(dimensions)
+    return call_options(**given, api="embeddings", **params)
+
+
 KEYWORDS = tuple(keyword.name for keyword in fields(Options) if keyword.name != "params")
+OF_ENDPOINT = (
+    "checkpoint",
+    "max_concurrency",
+    "rpm",
+    "tpm",
+    "timeout",
+    "max_attempts",
+    "on_error",
+    "client",
+    "base_url",
+    "api_key",
+    "progress",
+)  # what embeddings take of `configure`, whose model, prices and parameters are those of a model that answers
 FRAME_ONLY = (
     "system",
     "examples",
@@ -189,6 +256,14 @@ def gather(given: Mapping[str, Any]) -> Options:
     environment = {"model": os.environ.get("LLMFRAME_MODEL"), "checkpoint": os.environ.get("LLMFRAME_CHECKPOINT")}
     base = {name: value for name, value in environment.items() if value}
     return call_options(**base | _over(_configured, given))
+
+
+def gather_embedding(given: Mapping[str, Any]) -> Options:
+    """Fill in what a call for embeddings left out; its model is its own."""
+    checkpoint = os.environ.get("LLMFRAME_CHECKPOINT")
+    base = {"checkpoint": checkpoint} if checkpoint else {}
+    ours = {name: value for name, value in _configured.items() if name in OF_ENDPOINT}
+    return embed_options(**base | _over(ours, given))
 
 
 def _over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from llmframe.results import DETAILS, SOURCES, STATUSES, SUFFIXES, Completion, Source, column_dtype, typed
+from llmframe.results import SOURCES, STATUSES, Completion, Source, column_dtype, suffixes, typed
+from llmframe.vectors import Embeddings, Matrix
 
 NOT_ASKED = "not asked"
 NOT_SELECTED = "not selected"
@@ -50,6 +51,7 @@ class Outcomes:
         self._amounts = {name: array("d", [math.nan]) * (count + 1) for name in _AMOUNTS}
         self._words = {name: _Words(count + 1) for name in _WORDS}
         self._objects: dict[str, list[Any]] = {}  # each made when there is something to hold
+        self._vectors: Matrix | None = None  # the same
 
     def __len__(self) -> int:
         return len(self._statuses) - 1
@@ -73,6 +75,29 @@ class Outcomes:
                 self._objects[name][number] = value
         self._sources[number] = _SOURCE_CODES[completion.source]
         self._statuses[number] = _STATUS_CODES[completion.status]  # last: from now on it is there
+
+    def put_embeddings(self, numbers: npt.NDArray[np.intp], found: Embeddings, source: Source) -> None:
+        """Take the vectors of some requests, all of one length; see `dimensions`."""
+        if self._vectors is None:  # the memory is taken as its rows are written
+            self._vectors = np.empty((len(self), found.vectors.shape[1]), np.float32)
+        self._vectors[numbers] = found.vectors
+        tokens = np.where(found.prompt_tokens < 0, _NO_COUNT, found.prompt_tokens)
+        np.frombuffer(self._counts["prompt_tokens"], np.int64)[numbers] = tokens
+        np.frombuffer(self._attempts, np.int64)[numbers] = found.attempts
+        np.frombuffer(self._amounts["cost_usd"], np.float64)[numbers] = found.cost_usd
+        np.frombuffer(self._amounts["latency_s"], np.float64)[numbers] = found.latency_s
+        request_ids = self._objects.setdefault("request_id", [None] * len(self._statuses))
+        models = self._words["model"]
+        for number, model, request_id in zip(numbers.tolist(), found.models, found.request_ids, strict=True):
+            models.put(number, model)
+            request_ids[number] = request_id
+        np.frombuffer(self._sources, np.int8)[numbers] = _SOURCE_CODES[source]
+        np.frombuffer(self._statuses, np.int8)[numbers] = _STATUS_CODES["ok"]  # last, as in `put`
+
+    @property
+    def dimensions(self) -> int | None:
+        """The length of the vectors; None while there are none."""
+        return None if self._vectors is None else self._vectors.shape[1]
 
     def __getitem__(self, number: int) -> Completion:
         values: dict[str, Any] = {"status": STATUSES[self._statuses[number]], "attempts": self._attempts[number]}
@@ -117,7 +142,7 @@ class Outcomes:
         skipped: Mapping[int, str],
         *,
         details: bool,
-        answer: Literal["text", "parsed"] = "text",
+        answer: Literal["text", "parsed", "embedding"] = "text",
     ) -> dict[str, Any]:
         """Give the columns that a call writes, each but the answer an array of its type.
 
@@ -131,7 +156,7 @@ class Outcomes:
             Why a row sends none, by position, where it is one of those that were selected.
         details : bool
             Whether the detail columns are wanted.
-        answer : {"text", "parsed"}
+        answer : {"text", "parsed", "embedding"}
             What the answer's own column holds, in an array of objects.
 
         Returns
@@ -139,10 +164,11 @@ class Outcomes:
         dict
             By suffix, the answer's own being empty.
         """
-        made: dict[str, Any] = {"": self.cells(answer)[request_of]}
+        embedding = answer == "embedding"
+        made: dict[str, Any] = {"": (self._vector_cells() if embedding else self.cells(answer))[request_of]}
         twins = _twins(request_of, first)
         codes = self.statuses(request_of)
-        for suffix in (*SUFFIXES, *(DETAILS if details else ())):
+        for suffix in suffixes(details, embedding):
             name, dtype = suffix[1:], column_dtype(suffix, None)
             if name in self._counts or name == "attempts":
                 made[suffix] = self._counts_of(name, request_of, twins)
@@ -169,6 +195,14 @@ class Outcomes:
         values = self._objects.get(name)
         count = len(self._statuses)
         return np.full(count, None, object) if values is None else np.fromiter(values, object, count)
+
+    def _vector_cells(self) -> npt.NDArray[np.object_]:
+        """Give the vector of every request by number, a view of one matrix; None where there is none."""
+        cells = np.full(len(self._statuses), None, object)
+        if self._vectors is not None:
+            for number in np.flatnonzero(np.frombuffer(self._statuses, np.int8)[:-1] == _STATUS_CODES["ok"]).tolist():
+                cells[number] = self._vectors[number]
+        return cells
 
     def _sources_of(self, request_of: npt.NDArray[np.intp], twins: npt.NDArray[np.bool_]) -> npt.NDArray[np.int8]:
         codes = np.frombuffer(self._sources, np.int8)[request_of]

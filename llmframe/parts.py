@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from llmframe.requests import KEY_BYTES
 from llmframe.results import PAID, Completion
+from llmframe.vectors import Embeddings
 
 __all__ = [
     "COLUMNS",
@@ -34,7 +35,9 @@ __all__ = [
     "Origin",
     "Part",
     "PartWriter",
+    "Rows",
     "completions",
+    "embeddings",
     "encode",
 ]
 
@@ -60,6 +63,7 @@ COLUMNS = pa.schema(
         ("request_id", pa.string()),
         ("tool_calls", pa.string()),
         ("reasoning", pa.string()),
+        ("embedding", pa.binary()),  # float32, the low byte first: as a list it would take four times as long
         ("answered_at", pa.timestamp("us", "UTC")),
         ("origin", pa.int32()),  # which of the footer's origins the row was asked with
     ]
@@ -70,6 +74,8 @@ PIECE_BYTES = 1 << 20  # what a checksum is taken over at once
 GROUP_ROWS = 16_384  # what a reader decodes at once
 GROUP_BYTES = 32 << 20  # the same for long texts
 REPEATING = ["status", "text", "texts.list.element", "error", "finish_reason", "model", "attempts", "origin"]
+
+_LEAVES = ["texts.list.element" if name == "texts" else name for name in COLUMNS.names]
 
 _FORMAT = b"llmframe.format"
 _COLUMNS = b"llmframe.columns"  # pages have checksums, but a damaged footer could rename a column away
@@ -82,6 +88,69 @@ _INT64 = range(-(1 << 63), 1 << 63)
 
 Row = tuple[bytes, Completion, int]
 """A key, its completion, and when it was answered, in microseconds since 1970."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Keys, their embeddings, and when they were answered: many rows at once, as one request gives them."""
+
+    keys: npt.NDArray[np.void]
+    found: Embeddings
+    answered_at: int
+
+    def table(self) -> pa.Table:
+        """Lay them out as `COLUMNS`."""
+        count = len(self.keys)
+        vectors = np.ascontiguousarray(self.found.vectors, "<f4")
+        offsets = np.arange(count + 1, dtype=np.int32) * np.int32(4 * vectors.shape[1])
+        tokens, costs, latencies = self.found.prompt_tokens, self.found.cost_usd, self.found.latency_s
+        stored = {
+            "key": pa.Array.from_buffers(pa.binary(KEY_BYTES), count, [None, pa.py_buffer(self.keys)]),
+            "status": pa.repeat(pa.scalar("ok"), count),
+            "prompt_tokens": pa.array(tokens, mask=tokens < 0),
+            "cost_usd": pa.array(costs, mask=np.isnan(costs)),
+            "latency_s": pa.array(latencies, mask=np.isnan(latencies)),
+            "attempts": pa.array(self.found.attempts),
+            "model": pa.array(self.found.models, pa.string()),
+            "request_id": pa.array(self.found.request_ids, pa.string()),
+            "embedding": pa.Array.from_buffers(
+                pa.binary(), count, [None, pa.py_buffer(offsets), pa.py_buffer(vectors)]
+            ),
+            "answered_at": pa.array(np.full(count, self.answered_at), pa.timestamp("us", "UTC")),
+            "origin": pa.array(np.zeros(count, np.int32)),
+        }
+        columns = [stored[each.name] if each.name in stored else pa.nulls(count, each.type) for each in COLUMNS]
+        return pa.Table.from_arrays(columns, schema=COLUMNS)
+
+
+def embeddings(table: pa.Table) -> tuple[npt.NDArray[np.intp], Embeddings] | None:
+    """Give the embeddings among rows read by `Part.take`, and their places; None where there are none.
+
+    All are of one length, that of the first: the same request has no other.
+    """
+    with _decoding():
+        column = table["embedding"].combine_chunks()
+        sizes = pc.binary_length(column).fill_null(0).to_numpy(zero_copy_only=False)
+        sound = (sizes > 0) & (sizes % 4 == 0) & pc.equal(table["status"], "ok").fill_null(False).to_numpy()
+        if not sound.any():
+            return None
+        places = np.flatnonzero(sound & (sizes == sizes[sound][0]))
+        chosen = table.take(pa.array(places))
+        column = chosen["embedding"].combine_chunks()
+        if isinstance(column, pa.ChunkedArray):
+            column = pa.concat_arrays(column.chunks)
+        start = int(np.frombuffer(column.buffers()[1], np.int32)[column.offset])
+        count = len(places) * int(sizes[places[0]]) // 4
+        vectors = np.frombuffer(column.buffers()[2], "<f4", count, start).reshape(len(places), -1)
+        return places, Embeddings(
+            vectors=vectors,
+            prompt_tokens=chosen["prompt_tokens"].fill_null(-1).to_numpy(),
+            cost_usd=chosen["cost_usd"].fill_null(float("nan")).to_numpy(),
+            latency_s=chosen["latency_s"].fill_null(float("nan")).to_numpy(),
+            attempts=chosen["attempts"].fill_null(0).to_numpy(),
+            models=chosen["model"].to_pylist(),
+            request_ids=chosen["request_id"].to_pylist(),
+        )
 
 
 class NotAPart(Exception):
@@ -132,8 +201,20 @@ class Heads:
     answered_at: npt.NDArray[np.int64]
 
 
-def encode(rows: Sequence[Row], origin: Origin) -> pa.Buffer:
+def encode(rows: Sequence[Row | Rows], origin: Origin) -> pa.Buffer:
     """Write rows as the bytes of one part."""
+    sink = pa.BufferOutputStream()
+    with PartWriter(sink, [origin]) as part:
+        single = [row for row in rows if not isinstance(row, Rows)]
+        if single or not rows:
+            part.write(_table(single))
+        for row in rows:
+            if isinstance(row, Rows):
+                part.write(row.table())
+    return sink.getvalue()
+
+
+def _table(rows: Sequence[Row]) -> pa.Table:
     answers = list(map(itemgetter(1), rows))
     texts = [answer.text for answer in answers]
     lists = any(isinstance(text, list) for text in texts)
@@ -141,6 +222,7 @@ def encode(rows: Sequence[Row], origin: Origin) -> pa.Buffer:
         "key": map(itemgetter(0), rows),
         "text": [text if isinstance(text, str) else None for text in texts] if lists else texts,
         "texts": [text if isinstance(text, list) else None for text in texts] if lists else repeat(None, len(rows)),
+        "embedding": repeat(None, len(rows)),
         "answered_at": map(itemgetter(2), rows),
         "origin": repeat(0, len(rows)),
     }
@@ -148,10 +230,7 @@ def encode(rows: Sequence[Row], origin: Origin) -> pa.Buffer:
         _column(list(stored[field.name] if field.name in stored else map(attrgetter(field.name), answers)), field.type)
         for field in COLUMNS
     ]
-    sink = pa.BufferOutputStream()
-    with PartWriter(sink, [origin]) as part:
-        part.write(pa.Table.from_arrays(columns, schema=COLUMNS))
-    return sink.getvalue()
+    return pa.Table.from_arrays(columns, schema=COLUMNS)
 
 
 def completions(table: pa.Table) -> list[Completion]:
@@ -294,7 +373,8 @@ class PartWriter:
         self._writer = pq.ParquetWriter(
             self._summed,
             COLUMNS,
-            compression="zstd",
+            # What a model computes is as good as noise, and does not get smaller.
+            compression={name: "none" if name == "embedding" else "zstd" for name in _LEAVES},
             use_dictionary=REPEATING,
             write_statistics=False,
             write_page_checksum=True,

@@ -196,9 +196,9 @@ def make_plan(prompts: Prompts, requests: Requests, selected: npt.NDArray[np.boo
 def output_dtypes(options: Options, schema: Schema | None) -> dict[str, Any]:
     """Give the columns that a call writes and their types, in order."""
     answer: Any = text_dtype() if schema is None else schema.dtype
-    if options.several:
-        answer = object  # a list of answers in each cell
-    first, *others = column_names(options.output, options.details)
+    if options.several or options.embeds:
+        answer = object  # a list of answers, or a vector, in each cell
+    first, *others = column_names(options.output, options.details, options.embeds)
     made = {first: answer}
     for name, dtype in () if schema is None else schema.columns.items():
         made[property_column(options.output, name)] = dtype

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -26,8 +26,8 @@ KEY_BYTES = 32
 OURS = frozenset({"model", "messages", "stream", "input"})
 
 Api = Literal["chat", "responses", "embeddings"]
-Form = Literal["json_schema", "json_object", "prompt"]
-"""How a schema is put to the endpoint: enforced, as some JSON, or in words alone."""
+Form = Literal["json_schema", "json_object", "prompt", "base64", "float"]
+"""How a schema is put to the endpoint: enforced, as some JSON, or in words alone. And how vectors come back."""
 
 PATHS: Mapping[Api, str] = {
     "chat": "/chat/completions",
@@ -86,11 +86,14 @@ class Requests:
         self.parameters = canonical({**asked, **(schema or {})}).decode()
         self.api = api
         self._instructed = "instructions" in plain  # the user's own: a system message is then one of the input
-        words = b',"input":' if api == "responses" else b',"messages":'
+        words = b',"messages":' if api == "chat" else b',"input":'
         self._head = b'{"model":' + orjson.dumps(model) + words
         self._tails: dict[Form, bytes] = {"prompt": _tail(plain, None, api)}
         self._tails["json_object"] = _tail(plain, {"type": "json_object"}, api)
         self._tails["json_schema"] = _tail(plain, response_format, api)
+        if api == "embeddings":
+            self._tails = {"base64": _tail({**plain, "encoding_format": "base64"}, None, api)}
+            self._tails["float"] = _tail(plain, None, api)  # the API's own default
         meant = {
             "version": CANONICAL_VERSION,
             "endpoint": endpoint,
@@ -102,12 +105,16 @@ class Requests:
         self._meant = hashlib.sha256(canonical(meant) + b"\n")
 
     def body(self, messages: Messages, form: Form = "json_schema") -> bytes:
-        """Give the request as it is sent, in JSON."""
+        """Give the request for one row's messages as it is sent, in JSON."""
         if self.api != "responses":
             return self._head + orjson.dumps(messages) + self._tails[form]
         instructions, items = as_input(messages, keep=self._instructed)
         said = b"" if instructions is None else b',"instructions":' + orjson.dumps(instructions)
         return self._head + orjson.dumps(items) + said + self._tails[form]
+
+    def embedding_body(self, texts: Sequence[str], form: Form = "base64") -> bytes:
+        """Give the request for the embeddings of some texts as it is sent, in JSON."""
+        return self._head + orjson.dumps(texts) + self._tails[form]
 
     def key(self, messages: Messages, occurrence: int = 0) -> bytes:
         """Give the 32 bytes under which the answer is kept.
@@ -115,12 +122,12 @@ class Requests:
         Parameters
         ----------
         messages : list of dict
-            The row's messages.
+            The row's messages; of an embedding, whose requests are many texts each, the one turn that holds its text.
         occurrence : int
             How many rows before it send the same, where each is to have an answer of its own.
         """
         digest = self._meant.copy()
-        digest.update(canonical(messages))
+        digest.update(canonical(messages if self.api != "embeddings" else messages[0]["content"]))
         if occurrence:
             digest.update(b"\n#%d" % occurrence)
         return digest.digest()

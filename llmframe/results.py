@@ -134,11 +134,20 @@ DETAILS = (
     "_tool_calls",
     "_reasoning",
 )
+EMBEDDING_SUFFIXES = ("_status", "_error", "_prompt_tokens")
+EMBEDDING_DETAILS = ("_cost_usd", "_latency_s", "_attempts", "_model", "_source", "_request_id")
 
 
-def column_names(output: str, details: bool) -> tuple[str, ...]:
+def suffixes(details: bool, embedding: bool = False) -> tuple[str, ...]:
+    """Give what follows the output's name in the columns beside the answer's own, in order."""
+    if embedding:
+        return (*EMBEDDING_SUFFIXES, *(EMBEDDING_DETAILS if details else ()))
+    return (*SUFFIXES, *(DETAILS if details else ()))
+
+
+def column_names(output: str, details: bool, embedding: bool = False) -> tuple[str, ...]:
     """Give the names of the columns a call writes, those of a schema's properties aside, in order."""
-    return (output, *(output + suffix for suffix in (*SUFFIXES, *(DETAILS if details else ()))))
+    return (output, *(output + suffix for suffix in suffixes(details, embedding)))
 
 
 def property_column(output: str, name: str) -> str:

@@ -21,6 +21,7 @@ from llmframe import answers, endpoint, loops
 from llmframe.asking import Asking
 from llmframe.budget import Bound, Budget, most_completion_tokens
 from llmframe.checkpoint import OTHER_ROWS, Checkpoint, Origin
+from llmframe.embedding import Embedding
 from llmframe.endpoint import Endpoint, Extras
 from llmframe.engine import Crew, Policy
 from llmframe.errors import CheckpointError, ConfigurationError, Interrupted, LLMFrameError, RowFailed
@@ -31,6 +32,7 @@ from llmframe.notices import say, warn
 from llmframe.options import Options
 from llmframe.outcomes import Outcomes
 from llmframe.pacing import Caps
+from llmframe.parts import embeddings
 from llmframe.planning import Plan, check_columns, make_plan, rows_of, select
 from llmframe.prices import PriceOf, known_prices, read_prices
 from llmframe.progress import Bar
@@ -40,6 +42,7 @@ from llmframe.requests import Requests
 from llmframe.results import PAID, Completion, Usage, property_column
 from llmframe.schemas import Schema, Unfit, read_schema
 from llmframe.state import State
+from llmframe.texts import Texts
 
 LOCAL = "local"  # the model= that means the embedded one
 WORTH_SAVING = 200  # rows; a run of more without a checkpoint says what one would save
@@ -227,6 +230,8 @@ def plan_call(prompts: Prompts, options: Options, like: Call | None = None) -> C
         selected = select(prompts.frame, options)
         plan = make_plan(prompts, like.requests, selected, dedupe=options.dedupe)
         return replace(like, plan=plan)
+    if options.embeds:
+        _check_embedding(prompts, options)
     if options.model is None:
         raise ConfigurationError(
             "no model: pass model=, set it with llmframe.configure(model=...) or LLMFRAME_MODEL; "
@@ -247,7 +252,10 @@ def plan_call(prompts: Prompts, options: Options, like: Call | None = None) -> C
                 f"the property {name!r} is in column {column!r}: without the underscore it is a column of llmframe's"
             )
             say(words, quiet=options.progress is False, once=True)
-    price: PriceOf | None = None if options.prices is None else read_prices(options.prices)
+    price: PriceOf | None = None
+    if options.prices is not None:
+        nothing = {"output": 0.0} if options.embeds else {}
+        price = read_prices(nothing | dict(options.prices) if isinstance(options.prices, Mapping) else options.prices)
     params, extras = split_extras(options.params)
     target = endpoint.resolve(
         client=options.client,
@@ -274,6 +282,17 @@ def plan_call(prompts: Prompts, options: Options, like: Call | None = None) -> C
     return Call(schema, target, requests, plan, params, price, budget)
 
 
+def _check_embedding(prompts: Prompts, options: Options) -> None:
+    if not isinstance(prompts, Texts):
+        raise ConfigurationError("api='embeddings' gives no answers; embeddings are made by df.llm.embed('text')")
+    if options.model is None:
+        raise ConfigurationError("no model: pass model= to embed, as in model='text-embedding-3-small'")
+    if options.model == LOCAL and options.client is None:
+        raise ConfigurationError(
+            'model="local" answers prompts and makes no embeddings; pass base_url= of a server that makes them'
+        )
+
+
 def _budget(options: Options, params: Mapping[str, Any], price: PriceOf | None) -> Budget | None:
     if options.max_cost is None and options.max_tokens_total is None:
         return None
@@ -285,7 +304,7 @@ def _budget(options: Options, params: Mapping[str, Any], price: PriceOf | None) 
             "tokens, or max_tokens_total="
         )
     keyword = "max_cost" if options.max_cost is not None else "max_tokens_total"
-    bound = Bound(most_completion_tokens(options.model, params, keyword), price)
+    bound = Bound(0 if options.embeds else most_completion_tokens(options.model, params, keyword), price)
     return Budget(bound=bound, max_usd=options.max_cost, max_tokens=options.max_tokens_total)
 
 
@@ -296,7 +315,17 @@ def recall(prepared: Prepared, numbers: npt.NDArray[np.intp] | None = None) -> i
         return 0
     shared = rows_of(state.plan)
     found = 0
-    for place, completion in checkpoint.find(state.plan.keys if numbers is None else state.plan.keys[numbers]):
+    keys = state.plan.keys if numbers is None else state.plan.keys[numbers]
+    if state.options.embeds:
+        for places, table in checkpoint.tables(keys):
+            read = embeddings(table)
+            if read is not None and state.outcomes.dimensions in (None, read[1].vectors.shape[1]):
+                theirs = places[read[0]] if numbers is None else numbers[places[read[0]]]
+                state.outcomes.put_embeddings(theirs, read[1], "checkpoint")
+                state.rows_done += int(shared[theirs].sum())
+                found += len(theirs)
+        return found
+    for place, completion in checkpoint.find(keys):
         number = place if numbers is None else int(numbers[place])
         kept = reread(completion, state.schema)
         if kept is None or (kept.text is None and kept.status != "ok" and state.options.where == "missing"):
@@ -375,31 +404,36 @@ async def ask(prepared: Prepared, asked: npt.NDArray[np.intp]) -> None:
     state = prepared.state
     line = await line_to(prepared.endpoint, prepared.policy.caps)
     state.pacer = line.pacer
-    asking_again = _asking(prepared)
     deliver = _deliverer(prepared)
-    crew = Crew(
-        line=line,
-        endpoint=prepared.endpoint,
-        requests=_bodies(prepared, asked, asking_again, deliver),
-        read=_reader(prepared),
-        deliver=deliver,
-        policy=prepared.policy,
-        tally=state.tally,
-        ask=None if state.schema is None else asking_again,
-        budget=prepared.budget,
-    )
-    asking = asyncio.create_task(crew.run())
+    crew: Crew
+    ours: dict[str, Any] = {
+        "line": line,
+        "endpoint": prepared.endpoint,
+        "policy": prepared.policy,
+        "tally": state.tally,
+        "budget": prepared.budget,
+    }
+    if state.options.embeds:
+        made = _embedding(prepared)
+        requests, give = made.bodies(asked), _embeddings_deliverer(prepared, made, deliver)
+        crew = Crew(**ours, requests=requests, read=made.read, deliver=give, ask=made)
+    else:
+        asking = _asking(prepared)
+        requests = _bodies(prepared, asked, asking, deliver)
+        again = None if state.schema is None else asking
+        crew = Crew(**ours, requests=requests, read=_reader(prepared), deliver=deliver, ask=again)
+    at_work = asyncio.create_task(crew.run())
     saving = asyncio.create_task(_save(prepared.checkpoint)) if prepared.checkpoint is not None else None
-    tasks = {asking} if saving is None else {asking, saving}
+    tasks = {at_work} if saving is None else {at_work, saving}
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     except asyncio.CancelledError:
-        asking.cancel()
+        at_work.cancel()
         try:
-            await asyncio.wait({asking})
+            await asyncio.wait({at_work})
         except asyncio.CancelledError:  # interrupted twice: the crew does not wait for what is in flight
-            asking.cancel()
-            await asyncio.wait({asking})
+            at_work.cancel()
+            await asyncio.wait({at_work})
         raise
     finally:
         for task in tasks:
@@ -410,7 +444,7 @@ async def ask(prepared: Prepared, asked: npt.NDArray[np.intp]) -> None:
         state.tally.unkept.clear()
     if saving is not None and not saving.cancelled():
         saving.result()  # it ends by itself only where the store failed
-    asking.result()
+    at_work.result()
 
 
 async def _save(checkpoint: Checkpoint) -> None:
@@ -450,7 +484,14 @@ def _reader(prepared: Prepared) -> Any:
     schema, price, options = prepared.state.schema, prepared.price, prepared.state.options
     api, several = options.api, options.several
 
-    def read(payload: Any, *, latency_s: float, attempts: int, request_id: str | None) -> Completion | None:
+    def read(
+        payload: Any,
+        *,
+        number: int,  # noqa: ARG001
+        latency_s: float,
+        attempts: int,
+        request_id: str | None,
+    ) -> Completion | None:
         return answers.read_reply(
             payload,
             api=api,
@@ -480,6 +521,47 @@ def _deliverer(prepared: Prepared) -> Callable[[int, Completion], None]:
             raise _row_failed(state, number, completion.error)
 
     return deliver
+
+
+def _embedding(prepared: Prepared) -> Embedding:
+    state = prepared.state
+    return Embedding(
+        prepared.requests,
+        prepared.prompts,
+        state.plan,
+        prepared.price,
+        answered=lambda: state.tally.answered,
+        crowded=lambda: state.pacer is not None and state.pacer.limited_by == "requests/min",
+        tell=functools.partial(say, quiet=prepared.quiet),
+    )
+
+
+def _embeddings_deliverer(
+    prepared: Prepared, made: Embedding, deliver: Callable[[int, Completion], None]
+) -> Callable[[int, Completion], None]:
+    """Give each text of a request its outcome; what is no vector is delivered as any failure is."""
+    state, checkpoint = prepared.state, prepared.checkpoint
+    shared = rows_of(state.plan)
+
+    def give(number: int, completion: Completion) -> None:
+        numbers, found = made.taken(number, completion)
+        known = state.outcomes.dimensions
+        if found is not None and known not in (None, found.vectors.shape[1]):
+            words = f"the endpoint gave {found.vectors.shape[1]:,} numbers, where it gave {known:,} before"
+            completion, found = replace(completion, status="failed", error=words, parsed=None), None
+        if found is None:
+            for each in numbers.tolist():
+                deliver(each, completion)
+            return
+        state.outcomes.put_embeddings(numbers, found, "request")
+        state.rows_done += int(shared[numbers].sum())
+        state.usage += Usage(completion.prompt_tokens or 0)
+        if completion.cost_usd is not None:
+            state.cost_usd = (state.cost_usd or 0.0) + completion.cost_usd
+        if checkpoint is not None:
+            checkpoint.add_embeddings(state.plan.keys[numbers], found)
+
+    return give
 
 
 def _row_failed(state: State, number: int, reason: str | None) -> RowFailed:

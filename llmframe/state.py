@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -118,7 +118,9 @@ class State:
     def columns(self, *, details: bool) -> dict[str, Any]:
         """Give the columns of the call by suffix, over every row; see `Outcomes.columns`."""
         plan, schema = self.plan, self.schema
-        answer = "text" if schema is None else schema.answer
+        answer: Literal["text", "parsed", "embedding"] = "text" if schema is None else schema.answer
+        if self.options.embeds:
+            answer = "embedding"
         made = self.outcomes.columns(plan.request_of, plan.first, plan.skipped, details=details, answer=answer)
         if schema is not None and schema.columns:
             rows = [schema.cells(parsed) for parsed in self.outcomes.cells("parsed")]

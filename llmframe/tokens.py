@@ -21,8 +21,9 @@ THE_REPLY = 3  # tokens that begin the answer
 VOCABULARIES = (
     (r"(gpt-4o|gpt-4\.1|gpt-4\.5|gpt-5|gpt-oss|chatgpt-4o|o1|o3|o4)(-|\.|$)", "o200k_base"),
     (r"(gpt-4|gpt-3\.5|gpt-35)(-|$)", "cl100k_base"),
+    (r"text-embedding-(3|ada)-", "cl100k_base"),
 )
-"""The vocabulary of OpenAI's chat models by the start of their names, dates and sizes left open (tiktoken's table)."""
+"""The vocabulary of OpenAI's models by the start of their names, dates and sizes left open (tiktoken's table)."""
 
 GUESS = "o200k_base"  # for a model of an unknown vocabulary, where bpe-openai is installed: of a size with the others
 ASCII_A_TOKEN = 4.1  # characters; measured over the reviews of data/ with o200k_base (with cl100k_base 4.0)

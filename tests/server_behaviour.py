@@ -5,19 +5,20 @@ The same behaviour and the same request give the same answer and the same fault,
 
 from __future__ import annotations
 
-import base64
+import binascii
 import functools
 import hashlib
 import math
 import re
 import warnings
 import zlib
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import orjson
 
 __all__ = [
@@ -111,6 +112,10 @@ class Behaviour:
         In which field, or in tags before the text.
     vocabulary : str or None
         Counts tokens by this vocabulary (`o200k_base`, `cl100k_base`) and OpenAI's chat format; None is by length.
+    most_inputs, most_input_tokens : int
+        Of one request for embeddings: 400 for more.
+    shuffle : bool
+        Embeddings come in another order than their texts; their index tells.
     log : bool
         Keep the newest requests for `requests()`; a benchmark can do without.
     """
@@ -152,6 +157,9 @@ class Behaviour:
     reasoning: str | None = None
     reasoning_by: Literal["reasoning_content", "reasoning", "think"] = "reasoning_content"
     vocabulary: str | None = None
+    most_inputs: int = 2048
+    most_input_tokens: int = 300_000
+    shuffle: bool = False
     log: bool = True
 
     def __post_init__(self) -> None:
@@ -205,6 +213,7 @@ def directives_in(text: str) -> Mapping[str, str]:
     ``[[unfit_first=2]]``: JSON that fits no schema, until so many answers of the assistant stand in the conversation.
     ``[[finish=length]]``, ``[[finish=content_filter]]``: that finish_reason; length gives half of the text.
     ``[[refusal=I cannot]]``, ``[[tool_calls]]``: that instead of a text.
+    ``[[null]]``: a vector of nulls, in a request for embeddings (a wish in any of its texts is one of the request).
     ``[[surrogate]]``: a lone surrogate in the text.
     ``[[echo_headers]]``: the text is the JSON of the headers received.
     """
@@ -529,17 +538,29 @@ def format_complaint(request: Mapping[str, Any], behaviour: Behaviour) -> tuple[
 
 def embedding_of(text: str, dimensions: int = 8) -> list[float]:
     """Give the vector of a text: numbers in [-1, 1] that depend on nothing else."""
-    raw = hashlib.shake_128(text.encode()).digest(dimensions)
-    return [byte / 127.5 - 1.0 for byte in raw]
+    return vector_of(text, dimensions).tolist()
 
 
-def embedding_answer(request: Mapping[str, Any]) -> Answer:
+def vector_of(text: str, dimensions: int) -> npt.NDArray[np.float32]:
+    raw = hashlib.shake_128(text.encode("utf-8", "replace")).digest(dimensions)
+    return np.frombuffer(raw, np.uint8).astype(np.float32) * np.float32(1 / 127.5) - np.float32(1)
+
+
+def embedding_answer(request: Mapping[str, Any], behaviour: Behaviour) -> Answer:
     """Answer an embedding request: one vector an input, as base64 where that is asked for."""
     texts = [request["input"]] if isinstance(request["input"], str) else request["input"]
-    vectors: list[Any] = [embedding_of(str(text), request.get("dimensions") or 8) for text in texts]
+    arrays = [vector_of(str(text), request.get("dimensions") or 8) for text in texts]
+    vectors: list[Any]
     if request.get("encoding_format") == "base64":
-        vectors = [base64.b64encode(array("f", vector).tobytes()).decode() for vector in vectors]
+        vectors = [binascii.b2a_base64(vector.tobytes(), newline=False).decode() for vector in arrays]
+    else:
+        vectors = [vector.tolist() for vector in arrays]
+    for place, text in enumerate(texts):
+        if "[[null]]" in str(text):
+            vectors[place] = [None] * 8
     data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
+    if behaviour.shuffle:
+        data.reverse()
     tokens = sum(count_tokens(str(text)) for text in texts)
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return Answer({"object": "list", "data": data, "model": request["model"], "usage": usage}, tokens, 0)
@@ -573,12 +594,28 @@ def chat_complaint(request: Mapping[str, Any]) -> tuple[str, str] | None:
     return None
 
 
-def embedding_complaint(request: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Say what is wrong with an embedding request; None where nothing is."""
+def embedding_complaint(request: Mapping[str, Any], behaviour: Behaviour) -> tuple[str, str] | None:
+    """Say what is wrong with an embedding request, as the real API does; None where nothing is."""
     given = request.get("input")
     if not given or not isinstance(given, str | list):
         return "Invalid 'input': expected a string or an array of strings, not empty.", "input"
+    if not all(isinstance(text, str) and text for text in given):
+        return "'$.input' is invalid. Please check the API reference: https://platform.openai.com/docs.", "input"
+    texts = [given] if isinstance(given, str) else given
+    if len(texts) > behaviour.most_inputs:
+        return f"'$.input' is invalid: {len(texts)} inputs, at most {behaviour.most_inputs}.", "input"
+    sizes = [count_tokens(text) for text in texts]
+    if max(sizes) > MOST_TOKENS_A_TEXT:
+        return f"This model's maximum context length is {MOST_TOKENS_A_TEXT} tokens; {max(sizes)} requested.", "input"
+    if sum(sizes) > behaviour.most_input_tokens:
+        words = f"Requested {sum(sizes)} tokens, max {behaviour.most_input_tokens} tokens per request"
+        return words, "input"
+    if "base64" in behaviour.refuse_formats and request.get("encoding_format") == "base64":
+        return "Invalid value for 'encoding_format': 'base64' is not supported.", "encoding_format"
     return None
+
+
+MOST_TOKENS_A_TEXT = 8192
 
 
 ERRORS = {

@@ -254,14 +254,14 @@ class Connection(asyncio.Protocol):
 class Endpoint(NamedTuple):
     """What is different between the paths that are asked."""
 
-    complaint: Callable[[Mapping[str, Any]], tuple[str, str] | None]
+    complaint: Callable[[Mapping[str, Any], Behaviour], tuple[str, str] | None]
     answer: Callable[[Mapping[str, Any], Behaviour, Mapping[str, str], str], Answer]
 
 
 ENDPOINTS = {
-    "/chat/completions": Endpoint(chat_complaint, chat_answer),
-    "/responses": Endpoint(response_complaint, response_answer),
-    "/embeddings": Endpoint(embedding_complaint, lambda request, *_: embedding_answer(request)),
+    "/chat/completions": Endpoint(lambda request, _: chat_complaint(request), chat_answer),
+    "/responses": Endpoint(lambda request, _: response_complaint(request), response_answer),
+    "/embeddings": Endpoint(embedding_complaint, lambda request, behaviour, *_: embedding_answer(request, behaviour)),
 }
 JSON_TYPE = "content-type: application/json\r\n"
 WEB_PAGE = b"<!DOCTYPE html><html><body><h1>Please log in to the network</h1></body></html>"
@@ -384,7 +384,7 @@ class Simulation:
         if not isinstance(request, dict) or not request.get("model") or not isinstance(request["model"], str):
             self._fail(exchange, 400, None, "You must provide a model parameter.", "model")
             return
-        if (complaint := endpoint.complaint(request)) is not None:
+        if (complaint := endpoint.complaint(request, behaviour)) is not None:
             self._fail(exchange, 400, None, *complaint)
             return
         if behaviour.refuse_formats and (refusal := format_complaint(request, behaviour)) is not None:
@@ -397,7 +397,10 @@ class Simulation:
             )
             return
         given = request.get("messages") or request.get("input") or ()
-        text = given if isinstance(given, str) else last_user_text([one for one in given if isinstance(one, dict)])
+        if isinstance(given, list) and given and isinstance(given[0], str):
+            text = next((one for one in given if "[[" in one), "")
+        else:
+            text = given if isinstance(given, str) else last_user_text([one for one in given if isinstance(one, dict)])
         exchange.directives = directives = directives_in(text)
         exchange.answer = answer = endpoint.answer(request, behaviour, directives, text)
 
@@ -511,7 +514,7 @@ class Simulation:
         if fault == "no_usage":
             del body["usage"]
         elif fault == "empty_choices":
-            body["choices" if "choices" in body else "output"] = []
+            body[next(name for name in ("choices", "output", "data") if name in body)] = []
         elif fault == "error_in_200":
             body = {"error": {"message": "Provider returned error", "code": behaviour.error_code or 502}}
         try:

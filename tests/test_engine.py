@@ -38,7 +38,7 @@ def rows(count: int) -> list[str]:
     return [f"row {number}" for number in range(count)]
 
 
-def read(payload: object, *, latency_s: float, attempts: int, request_id: str | None) -> Completion | None:
+def read(payload: object, *, number: int, latency_s: float, attempts: int, request_id: str | None) -> Completion | None:
     assert isinstance(payload, dict)
     return answers.read_reply(
         payload, schema=None, price=None, several=False, latency_s=latency_s, attempts=attempts, request_id=request_id

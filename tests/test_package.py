@@ -69,6 +69,7 @@ def test_what_is_public_is_pinned() -> None:
         "local",
         "read_checkpoint",
         "run",
+        "similarity",
     ]
 
 
