@@ -414,8 +414,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> pd.DataFrame:
     -------
     pandas.DataFrame
         One row a request, in the order they were answered: ``key`` (hexadecimal), the columns that
-        ``details=True`` adds, with ``text`` for the answer (``texts``, a list, under ``n=``), ``answered_at``, and
-        what it was asked with: ``endpoint``, ``api``, ``asked_model``, ``template`` and ``parameters`` (JSON).
+        ``details=True`` adds, with ``text`` for the answer (``texts``, a list, under ``n=``; ``embedding`` for a
+        vector), ``answered_at``, and what it was asked with: ``endpoint``, ``api``, ``asked_model``, ``template`` and
+        ``parameters`` (JSON).
         A failure is shown where there is no answer.
 
     Raises

@@ -881,7 +881,7 @@ def test_an_unknown_scheme_is_refused() -> None:
 
 def test_the_stored_columns_are_those_of_a_completion() -> None:
     derived = {"parsed", "source"}
-    bookkeeping = {"key", "texts", "answered_at", "origin"}
+    bookkeeping = {"key", "texts", "embedding", "answered_at", "origin"}
     assert set(COLUMNS.names) - bookkeeping == {field.name for field in dataclasses.fields(Completion)} - derived
 
 

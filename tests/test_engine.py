@@ -650,7 +650,7 @@ def test_an_interrupt_while_a_retry_after_is_waited_out_returns_at_once(
 
 
 def test_a_fault_of_ours_stops_the_run_and_gives_its_place_back(server: SimulatedServer) -> None:
-    def broken(payload: object, *, latency_s: float, attempts: int, request_id: str | None) -> Completion | None:
+    def broken(payload: object, **_: object) -> Completion | None:
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
