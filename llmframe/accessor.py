@@ -190,7 +190,15 @@ class LLMFrame:
 
     @method_takes_options(embed_options)
     async def aembed(self, text: Prompt, **keywords: Any) -> pd.DataFrame:
-        """Do as `embed` does, for a caller that has an event loop."""
+        """Do as `embed` does, for a caller that has an event loop.
+
+        Examples
+        --------
+        >>> async def embed(texts):
+        ...     return await texts.llm.aembed("text", model="text-embedding-3-small", api_key="sk-...")
+        >>> asyncio.run(embed(pd.DataFrame({"text": [None]})))["embedding_status"].tolist()
+        ['skipped']
+        """
         state = await runner.acomplete(*self._embedding(text, keywords))
         return state.frame()
 
@@ -421,6 +429,12 @@ class LLMSeries:
         -------
         Series
             Arrays of float32, with the index of this one. The other columns are in ``llmframe.last_run().frame``.
+
+        Examples
+        --------
+        >>> texts = pd.Series([None], index=["a"])
+        >>> texts.llm.embed("passage: {}", model="text-embedding-3-small", api_key="sk-...").index.tolist()
+        ['a']
         """
         if not isinstance(text, str) or "{" not in text:
             raise TemplateError(f"the text {text!r:.60} has no {{}} for the value, as in 'passage: {{}}'")
