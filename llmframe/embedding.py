@@ -107,10 +107,12 @@ class Embedding:
         texts: list[str] = []
         sizes: list[int] = []
         tokens = 0.0
+        most = 0
         for number, text in zip(asked.tolist(), self._texts(asked), strict=True):
             size = len(text) if text.isascii() else len(text.encode())
             taken = size / (ASCII_A_TOKEN if size == len(text) else OTHERS_A_TOKEN) + 1
-            most = self._most_inputs if self._crowded() else min(usual, self._most_inputs)
+            if not texts:
+                most = self._most_inputs if self._crowded() else min(usual, self._most_inputs)
             if texts and (len(texts) >= most or tokens + taken > self._most_tokens):
                 yield self._chunk(numbers, sizes, tokens), self._requests.embedding_body(texts, self.form)
                 numbers, texts, sizes, tokens = [], [], [], 0.0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -87,9 +87,8 @@ class Outcomes:
         np.frombuffer(self._amounts["cost_usd"], np.float64)[numbers] = found.cost_usd
         np.frombuffer(self._amounts["latency_s"], np.float64)[numbers] = found.latency_s
         request_ids = self._objects.setdefault("request_id", [None] * len(self._statuses))
-        models = self._words["model"]
-        for number, model, request_id in zip(numbers.tolist(), found.models, found.request_ids, strict=True):
-            models.put(number, model)
+        self._words["model"].put_all(numbers, found.models)
+        for number, request_id in zip(numbers.tolist(), found.request_ids, strict=True):
             request_ids[number] = request_id
         np.frombuffer(self._sources, np.int8)[numbers] = _SOURCE_CODES[source]
         np.frombuffer(self._statuses, np.int8)[numbers] = _STATUS_CODES["ok"]  # last, as in `put`
@@ -254,6 +253,14 @@ class _Words:
             self._texts.append(text or "")
             self._code_of[text] = code
         self._codes[number] = code
+
+    def put_all(self, numbers: npt.NDArray[np.intp], texts: Sequence[str | None]) -> None:
+        if len(set(texts)) > 1:
+            for number, text in zip(numbers.tolist(), texts, strict=True):
+                self.put(number, text)
+        elif texts:
+            self.put(int(numbers[0]), texts[0])
+            np.frombuffer(self._codes, np.int32)[numbers] = self._codes[int(numbers[0])]
 
     def __getitem__(self, number: int) -> str | None:
         code = self._codes[number]

@@ -81,27 +81,27 @@ def read_vectors(payload: Any, count: int) -> Matrix | None:
     data = payload.get("data") if isinstance(payload, dict) else None
     if not isinstance(data, list) or len(data) != count or count == 0:
         return None
-    matrix: Matrix | None = None
-    seen = bytearray(count)
+    places = list(range(count))
     try:
-        for place, one in enumerate(data):
-            at = one.get("index", place)
-            given = one["embedding"]
-            if isinstance(given, str):
-                vector = np.frombuffer(binascii.a2b_base64(given), "<f4")
-            else:
-                vector = np.asarray(given, dtype=np.float32)
-            if matrix is None:
-                if vector.ndim != 1 or not len(vector):
-                    return None
-                matrix = np.empty((count, len(vector)), np.float32)
-            if vector.shape != matrix.shape[1:] or not 0 <= at < count or seen[at]:
+        given = [one["embedding"] for one in data]
+        matrix = _decoded(given) if isinstance(given[0], str) else np.array(given, np.float32)
+        told = [one.get("index", place) for place, one in enumerate(data)]
+        if matrix.ndim != 2 or not matrix.shape[1] or not np.isfinite(matrix).all():
+            return None
+        if told != places:
+            if sorted(told) != places:
                 return None
-            seen[at] = 1
-            matrix[at] = vector
+            matrix = matrix[np.argsort(told)]
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):  # binascii.Error is a ValueError
         return None
-    return matrix if matrix is not None and bool(np.isfinite(matrix).all()) else None
+    return matrix
+
+
+def _decoded(given: list[Any]) -> Matrix:
+    pieces = list(map(binascii.a2b_base64, given))
+    if len(set(map(len, pieces))) != 1:
+        raise ValueError("vectors of several lengths")
+    return np.frombuffer(b"".join(pieces), "<f4").reshape(len(pieces), -1)
 
 
 def shared_out(total: int, weights: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

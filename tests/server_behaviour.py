@@ -546,22 +546,24 @@ def vector_of(text: str, dimensions: int) -> npt.NDArray[np.float32]:
     return np.frombuffer(raw, np.uint8).astype(np.float32) * np.float32(1 / 127.5) - np.float32(1)
 
 
-def embedding_answer(request: Mapping[str, Any], behaviour: Behaviour) -> Answer:
+def embedding_answer(
+    request: Mapping[str, Any], behaviour: Behaviour, directives: Mapping[str, str], text: str
+) -> Answer:
     """Answer an embedding request: one vector an input, as base64 where that is asked for."""
     texts = [request["input"]] if isinstance(request["input"], str) else request["input"]
-    arrays = [vector_of(str(text), request.get("dimensions") or 8) for text in texts]
+    dimensions = request.get("dimensions") or 8
+    arrays = [vector_of(text, dimensions) for text in texts]
     vectors: list[Any]
     if request.get("encoding_format") == "base64":
         vectors = [binascii.b2a_base64(vector.tobytes(), newline=False).decode() for vector in arrays]
     else:
         vectors = [vector.tolist() for vector in arrays]
-    for place, text in enumerate(texts):
-        if "[[null]]" in str(text):
-            vectors[place] = [None] * 8
+    if "null" in directives:
+        vectors[texts.index(text)] = [None] * 8
     data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
     if behaviour.shuffle:
         data.reverse()
-    tokens = sum(count_tokens(str(text)) for text in texts)
+    tokens = sum(map(count_tokens, texts))
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return Answer({"object": "list", "data": data, "model": request["model"], "usage": usage}, tokens, 0)
 
@@ -599,12 +601,12 @@ def embedding_complaint(request: Mapping[str, Any], behaviour: Behaviour) -> tup
     given = request.get("input")
     if not given or not isinstance(given, str | list):
         return "Invalid 'input': expected a string or an array of strings, not empty.", "input"
-    if not all(isinstance(text, str) and text for text in given):
+    if not all(given) or not all(isinstance(text, str) for text in given):
         return "'$.input' is invalid. Please check the API reference: https://platform.openai.com/docs.", "input"
     texts = [given] if isinstance(given, str) else given
     if len(texts) > behaviour.most_inputs:
         return f"'$.input' is invalid: {len(texts)} inputs, at most {behaviour.most_inputs}.", "input"
-    sizes = [count_tokens(text) for text in texts]
+    sizes = list(map(count_tokens, texts))
     if max(sizes) > MOST_TOKENS_A_TEXT:
         return f"This model's maximum context length is {MOST_TOKENS_A_TEXT} tokens; {max(sizes)} requested.", "input"
     if sum(sizes) > behaviour.most_input_tokens:

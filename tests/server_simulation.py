@@ -261,7 +261,7 @@ class Endpoint(NamedTuple):
 ENDPOINTS = {
     "/chat/completions": Endpoint(lambda request, _: chat_complaint(request), chat_answer),
     "/responses": Endpoint(lambda request, _: response_complaint(request), response_answer),
-    "/embeddings": Endpoint(embedding_complaint, lambda request, behaviour, *_: embedding_answer(request, behaviour)),
+    "/embeddings": Endpoint(embedding_complaint, embedding_answer),
 }
 JSON_TYPE = "content-type: application/json\r\n"
 WEB_PAGE = b"<!DOCTYPE html><html><body><h1>Please log in to the network</h1></body></html>"
