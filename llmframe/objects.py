@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from decimal import Decimal
-from typing import Any, Literal, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import orjson
 import pandas as pd
@@ -186,7 +187,8 @@ def of_model(model: type[pydantic.BaseModel]) -> Objects:
 
 
 def _is_decimal(annotation: Any) -> bool:
-    return annotation is Decimal or any(map(_is_decimal, get_args(annotation)))
+    either = get_origin(annotation) in (Union, UnionType, Annotated)  # of a list or a dict its column is one already
+    return annotation is Decimal or (either and any(map(_is_decimal, get_args(annotation))))
 
 
 def _objects(
@@ -237,10 +239,9 @@ def _is_mixed(schema: Any, root: JsonSchema, above: tuple[str, ...] = ()) -> boo
         return len({type(value) for value in schema["enum"] if value is not None}) > 1
     if schema.get("type") == "array":
         return _is_mixed(schema.get("items", True), root, above)
-    inner = [*schema.get("properties", {}).values()]
-    if isinstance(schema.get("additionalProperties"), dict):
-        inner.append(schema["additionalProperties"])
-    return _kind(schema) is None or any(_is_mixed(each, root, above) for each in inner)
+    if _kind(schema) == "object" and (schema.get("additionalProperties") or not schema.get("properties")):
+        return True  # parquet would give every row the keys of all, and write no empty one at all
+    return _kind(schema) is None or any(_is_mixed(each, root, above) for each in schema.get("properties", {}).values())
 
 
 def _kind(schema: JsonSchema) -> Any:
@@ -265,8 +266,10 @@ def _dtype(schema: Any, root: JsonSchema) -> Any:
         return object if object in kinds else text_dtype()  # a column of both numbers and text is none that parquet has
     if "enum" in schema:
         values = [value for value in schema["enum"] if value is not None]
-        if values and (_all(values, str) or _all(values, int)):
+        if values and _all(values, str):
             return pd.CategoricalDtype(list(dict.fromkeys(values)))
+        if values and _all(values, int):  # parquet has no category of numbers: with a null it would come back as float
+            return pd.Int64Dtype()
         return pd.BooleanDtype() if values and _all(values, bool) else text_dtype()
     kind = schema.get("type")
     if kind == "string":

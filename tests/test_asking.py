@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import pydantic
@@ -193,3 +193,35 @@ def test_a_bad_request_of_another_kind_is_no_refusal_of_the_schema(server: Simul
     out = ask(["a [[status=400]]", "b"])
     assert out["response_status"].tolist() == ["failed", "ok"]
     assert all(request.body["response_format"]["type"] == "json_schema" for request in server.requests())
+
+
+@pytest.mark.parametrize("api", ["chat", "responses"])
+def test_either_api_is_asked_for_the_schema_in_its_own_form_and_fills_typed_columns(
+    server: SimulatedServer, ask: Ask, api: str, tmp_path: Path
+) -> None:
+    class Inner(pydantic.BaseModel):
+        name: str
+        count: int | None = None
+
+    class Form(pydantic.BaseModel):
+        title: str
+        stars: int
+        level: Literal[1, 2] | None
+        mood: Literal["good", "bad"]
+        inner: Inner
+        many: list[Inner]
+
+    out = ask(["a", None, "[[say=no]]"], schema=Form, api=api)
+    body = server.requests()[0].body
+    asked = body["text"]["format"] if api == "responses" else body["response_format"]["json_schema"]
+    assert asked["strict"] is True
+    assert sorted(asked["schema"]["properties"]) == ["inner", "level", "many", "mood", "stars", "title"]
+    assert out["response_status"].tolist() == ["ok", "skipped", "invalid"]
+    assert out["response_title"][0] == "echo: a"
+    assert out["response_stars"].dtype == pd.Int64Dtype()
+    out.to_parquet(tmp_path / "out.parquet")
+    back = pd.read_parquet(tmp_path / "out.parquet")
+    assert back.dtypes.astype(str).equals(out.dtypes.astype(str))
+    assert back["response_inner"][0] == out["response_inner"][0]
+    assert back["response_many"][0].tolist() == out["response_many"][0]
+    assert back["response_level"].isna().tolist() == [False, True, True]
