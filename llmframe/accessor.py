@@ -93,7 +93,9 @@ class LLMFrame:
         api : {"chat", "responses"}
             Which of the endpoint's APIs to ask.
         client, base_url, api_key : optional
-            An openai client, or the pieces of one; else ``OPENAI_BASE_URL`` and ``OPENAI_API_KEY``.
+            An openai client, or the pieces of one; else ``OPENAI_BASE_URL`` and ``OPENAI_API_KEY``. A list as
+            ``base_url`` names replicas, servers with the same model: all are kept equally full, one that fails is left
+            out until it answers again, and answers are kept under the first.
         progress : bool, optional
             A bar, or none (and no other notice); by itself in a terminal or notebook.
         **params

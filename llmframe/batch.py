@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llmframe import answers, endpoint, loops, runner
+from llmframe import answers, endpoint, loops, replicas, runner
 from llmframe.batch_api import Away, BatchApi
 from llmframe.batch_ledger import Busy, Ledger, Left, Place, Terms
 from llmframe.batch_plan import FileLimits, input_line, key_of
@@ -82,7 +82,7 @@ class Access:
             No key, or another endpoint than the job's.
         """
         options = self.options
-        target = endpoint.resolve(client=options.client, base_url=options.base_url, api_key=options.api_key)
+        target = replicas.resolve(client=options.client, base_url=options.base_url, api_key=options.api_key)
         if target.identity != terms.identity:
             raise ConfigurationError(
                 f"the job in {directory} is at {terms.identity}, and this call's key is for {target.identity}; "

@@ -27,7 +27,8 @@ examples:
 exit status: 0 every row ok or skipped, 2 wrong use, 3 some rows neither, 4 stopped (run it again to go on)"""
 
 # Keywords of `complete` that a shell can say, with the type of each and what its value is called.
-WORDS = ("system", "images", "model", "output", "checkpoint", "base_url")
+WORDS = ("system", "images", "model", "output", "checkpoint")
+REPLICAS = "base_url"  # given several times it names several servers
 NUMBERS = {"rpm": float, "tpm": float, "max_cost": float, "timeout": float}
 COUNTS = ("max_concurrency", "max_tokens_total", "max_attempts")
 CHOICES = {"api": ("chat", "responses"), "na": ("skip", "raise", "keep")}
@@ -55,6 +56,7 @@ def add_run(verbs: Verbs) -> None:
     run.add_argument("--prices", type=json.loads, metavar="JSON", help='USD: {"input": 0.15, "output": 0.6}')
     for name in WORDS:
         run.add_argument(_flag(name), metavar="X", help=argparse.SUPPRESS)
+    run.add_argument(_flag(REPLICAS), action="append", metavar="URL", help=argparse.SUPPRESS)
     for name, kind in NUMBERS.items():
         run.add_argument(_flag(name), type=kind, metavar="X", help=argparse.SUPPRESS)
     for name in COUNTS:
@@ -73,7 +75,7 @@ def add_run(verbs: Verbs) -> None:
 
 
 def _keywords() -> tuple[str, ...]:
-    return (*WORDS, *NUMBERS, *COUNTS, *CHOICES, *SWITCHES)
+    return (*WORDS, REPLICAS, *NUMBERS, *COUNTS, *CHOICES, *SWITCHES)
 
 
 def _flag(name: str) -> str:
@@ -83,6 +85,8 @@ def _flag(name: str) -> str:
 def _run(arguments: argparse.Namespace) -> int:
     prompt = _prompt(arguments)
     keywords = {name: getattr(arguments, name) for name in _keywords() if getattr(arguments, name) not in (None, False)}
+    if len(keywords.get(REPLICAS, ())) == 1:
+        (keywords[REPLICAS],) = keywords[REPLICAS]
     for name, value in arguments.param:
         if name in keywords:
             raise ConfigurationError(f"{name} is given twice; leave --param {name}= out")

@@ -56,6 +56,20 @@ class Lost(Unreachable):
     """A connection that was made, and lost before the reply was whole: somebody was there."""
 
 
+class ReplicaDown(Unreachable):
+    """One of several replicas gave no reply, and another is up: it can be asked at once.
+
+    Attributes
+    ----------
+    taken : bool
+        Somebody was there when the request was sent.
+    """
+
+    def __init__(self, message: str, *, taken: bool) -> None:
+        super().__init__("connection", message)
+        self.taken = taken
+
+
 class Transport(Protocol):
     """A way to send: bytes in, a reply out.
 
@@ -102,6 +116,8 @@ class Endpoint:
         Whether its connections belong to the caller's event loop: a client with a transport of its own.
     client : openai.AsyncOpenAI or openai.OpenAI
         The owner of all this, for what is no row's request: files and batches.
+    replicas : tuple of str
+        Where else requests go, as built.
     """
 
     identity: str
@@ -110,6 +126,7 @@ class Endpoint:
     open: Callable[[], Transport] = field(repr=False)
     bound: bool = False
     client: Any = field(default=None, repr=False)
+    replicas: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from llmframe import failures
 from llmframe.budget import Budget, Cost
-from llmframe.endpoint import CONNECT_S, Endpoint, Lost, Reply
+from llmframe.endpoint import CONNECT_S, Endpoint, Lost, ReplicaDown, Reply
 from llmframe.errors import BudgetExceeded, EndpointError
 from llmframe.failures import Failure, Unreachable
 from llmframe.limits import rate_headers, retry_after_s
@@ -362,6 +362,8 @@ class Crew:
             job.timeouts += 1
             waited_s = self._loop.time() - job.started
             return None, None, Failure("retry", "timeout", f"no answer within {waited_s:.1f} s")
+        except ReplicaDown as error:
+            return None, None, Failure("retry", "replica lost" if error.taken else "replica away", error.message)
         except Lost as error:
             # Somebody was there, and it may be the row that brought him down.
             return None, None, replace(failures.of_error(error), kind="server error")
@@ -443,7 +445,7 @@ class Crew:
         """Report a failed attempt; give the seconds that the endpoint asks to wait."""
         now = self._loop.time()
         pacer = self._line.pacer
-        if failure.verdict != "retry":
+        if failure.verdict != "retry" or failure.kind in failures.REPLICA:
             pacer.released(now, latency_s=latency_s, reserved=job.tokens, alive=reply is not None)
             return None
         asked_s = retry_after_s(reply.headers, time.time()) if reply else None
@@ -479,12 +481,14 @@ class Crew:
             return None
         if asked_s:
             return asked_s
+        if failure.kind in failures.REPLICA:
+            return 0.0
         # While the endpoint is down its probes are spaced already.
         return 0.0 if self._line.pacer.down_since is not None else failures.backoff_s(job.attempts, random.random())
 
     def _is_strike(self, job: Job, failure: Failure) -> bool:
         """Whether a failure may be the row's own, and not the endpoint's or its other users'."""
-        if failure.kind == "connection":
+        if failure.kind in ("connection", "replica away"):
             return False  # nobody took the request, and patience decides how long that may last
         if failure.kind == "rate limit":
             job.refusals += 1
@@ -593,7 +597,7 @@ def _wake(waiting: asyncio.Future[None]) -> None:
 def _may_be_billed(reply: Reply | None, failure: Failure) -> bool:
     """Whether an attempt that gave no answer may be on the bill: somebody took it, and nobody says that it failed."""
     if reply is None:
-        return failure.kind != "connection"  # there nobody took the request
+        return failure.kind not in ("connection", "replica away")  # there nobody took the request
     return reply.status == 200 or reply.status in MAYBE_BILLED
 
 

@@ -14,10 +14,21 @@ from llmframe.messages import well_formed
 from llmframe.results import Status
 
 Verdict = Literal["retry", "row", "run"]
-Kind = Literal["rate limit", "server error", "connection", "timeout", "bad body", "request", "access"]
+Kind = Literal[
+    "rate limit",
+    "server error",
+    "connection",
+    "timeout",
+    "bad body",
+    "request",
+    "access",
+    "replica away",
+    "replica lost",
+]
 
 BACKOFF_BASE_S = 0.1  # a fault by chance is over at once, and a longer wait would be all that ends a short run
 BACKOFF_CAP_S = 30.0  # beyond it a wait only idles: outages have a probe of their own
+REPLICA = frozenset({"replica away", "replica lost"})  # kinds that another replica mends at once
 QUOTED = 500  # characters of an endpoint's own words in a message
 
 QUOTA_CODES = frozenset({"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "access_terminated"})

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from llmframe.endpoint import Endpoint, Transport
 from llmframe.pacing import Caps, Pacer
+from llmframe.replicas import ReplicaTransport
 
 TICK_S = 0.1  # how often the pacer looks at the whole, and timeouts and patience are checked
 KEPT = 8  # idle lines kept open a loop, so that the next cell finds its connections and learned limits
@@ -43,6 +44,8 @@ class Line:
         self.transport: Transport = endpoint.open()
         most = self.transport.most if caps.max_concurrency is None else min(caps.max_concurrency, self.transport.most)
         self.pacer = Pacer(replace(caps, max_concurrency=most), self._loop.time())
+        if isinstance(self.transport, ReplicaTransport):
+            self.transport.note = lambda words: self.pacer.note(self._loop.time(), words)
         self.answered = False
         self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
         self._timer: asyncio.TimerHandle | None = None

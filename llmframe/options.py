@@ -59,7 +59,7 @@ class Options:
     on_error: OnError
     api: Api
     client: openai.AsyncOpenAI | openai.OpenAI | None
-    base_url: str | None
+    base_url: str | Sequence[str] | None
     api_key: str | None = field(repr=False)
     progress: bool | None
     params: Mapping[str, Any] = field(repr=False)  # extra_headers= may hold a key
@@ -133,7 +133,7 @@ def call_options(
     on_error: OnError = "column",
     api: Api = "chat",
     client: openai.AsyncOpenAI | openai.OpenAI | None = None,
-    base_url: str | None = None,
+    base_url: str | Sequence[str] | None = None,
     api_key: str | None = None,
     progress: bool | None = None,
     **params: Any,

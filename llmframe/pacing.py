@@ -280,7 +280,7 @@ class Pacer:
             welcome=welcome,
             allowed=min(welcome or math.inf, self._refusals.rate),
         ):
-            self._note(now, decision)
+            self.note(now, decision)
 
     def refused(
         self, now: float, *, latency_s: float, reserved: int, retry_after_s: float | None, headers: RateHeaders | None
@@ -307,7 +307,7 @@ class Pacer:
             speed=self._history.speed(now),
         )
         if decision := self._refusals.refused(now, refusal):
-            self._note(now, decision)
+            self.note(now, decision)
         if headers is not None:
             self._read(now, headers, latency_s)
 
@@ -325,7 +325,7 @@ class Pacer:
         )
         self._window.lost(sent)
         if self._outage.failed(now, loss):
-            self._note(now, f"down: {kind}")
+            self.note(now, f"down: {kind}")
 
     def released(
         self,
@@ -348,7 +348,7 @@ class Pacer:
         self._lag_s = max(lag_s, LAG_FADES * self._lag_s)
         self._last_limit, self._limit = self._limit, ""
         if now - self._noted[0] >= MOMENT_S:
-            self._note(now, "")
+            self.note(now, "")
 
     # -- how it learns
 
@@ -359,7 +359,7 @@ class Pacer:
     def _alive(self, now: float, sent: float) -> None:
         if self._outage.alive(now, sent):
             self._window.resume(now)
-            self._note(now, "up again")
+            self.note(now, "up again")
 
     def _settle(self, now: float, reserved: int, used: int) -> None:
         """Make right what was counted for a request, and learn what a reserved token is worth."""
@@ -393,7 +393,8 @@ class Pacer:
             [(history.tokens - tokens, age) for age, (_, tokens, _) in sums],
         )
 
-    def _note(self, now: float, decision: str) -> None:
+    def note(self, now: float, decision: str) -> None:
+        """Write an entry of the timeline."""
         then, answers, latencies_s = self._noted
         came = self._answers - answers
         self._noted = (now, self._answers, self._latencies_s)

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import numpy.typing as npt
 
-from llmframe import answers, endpoint, loops
+from llmframe import answers, endpoint, loops, replicas
 from llmframe.asking import Asking
 from llmframe.budget import Bound, Budget, most_completion_tokens
 from llmframe.checkpoint import OTHER_ROWS, Checkpoint, Origin
@@ -146,7 +146,8 @@ def prepare(prompts: Prompts, options: Options) -> Prepared:
     """
     global _last
     call = plan_call(prompts, options)
-    warn_of_open_line(call.endpoint.url)
+    for url in (call.endpoint.url, *call.endpoint.replicas):
+        warn_of_open_line(url)
     checkpoint = open_checkpoint(prompts, options, call)
     prepared = ready(prompts, options, call, checkpoint)
     try:
@@ -257,7 +258,7 @@ def plan_call(prompts: Prompts, options: Options, like: Call | None = None) -> C
         nothing = {"output": 0.0} if options.embeds else {}
         price = read_prices(nothing | dict(options.prices) if isinstance(options.prices, Mapping) else options.prices)
     params, extras = split_extras(options.params)
-    target = endpoint.resolve(
+    target = replicas.resolve(
         client=options.client,
         base_url=options.base_url,
         api_key=options.api_key,

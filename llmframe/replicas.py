@@ -1,0 +1,196 @@
+"""Replicas: which of several servers with the same model gets the next request.
+
+The emptiest of those that are up, so that all are kept equally full. One that fails is taken out, probed with a single
+request now and then, and put back when it answers; what was in flight there is asked of another at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from llmframe import endpoint
+from llmframe.endpoint import Endpoint, Lost, ReplicaDown, Reply, Transport
+from llmframe.errors import ConfigurationError
+from llmframe.failures import Unreachable
+from llmframe.outages import LATER_S, PROBE_LATER_S, PROBE_S, SUSPECT
+from llmframe.requests import identity
+from llmframe.timeouts import FLOOR_S
+
+Sign = Literal["alive", "sick", "away", ""]
+"""What became of a request: any answer below 500; a fault that chance may make; nobody there; nothing learned."""
+
+
+@dataclass(slots=True)
+class Replica:
+    """One of them.
+
+    Attributes
+    ----------
+    in_flight : int
+        Requests there.
+    failures : int
+        In a row.
+    out_since : float or None
+        When it was taken out; None while it is up.
+    probe_at : float
+        When it may be tried again.
+    probing : bool
+        It is being tried.
+    """
+
+    in_flight: int = 0
+    failures: int = 0
+    out_since: float | None = None
+    probe_at: float = 0.0
+    probing: bool = False
+
+
+class Rota:
+    """Whose turn it is: pure, by what became of the requests before.
+
+    Parameters
+    ----------
+    count : int
+        How many replicas there are.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.replicas = [Replica() for _ in range(count)]
+        self._turn = 0
+
+    def take(self, now: float) -> int:
+        """Choose the replica of the next request, and count it there."""
+        places = [(self._turn + step) % len(self.replicas) for step in range(len(self.replicas))]
+        up = [place for place in places if self.replicas[place].out_since is None]
+        out = [place for place in places if self.replicas[place].out_since is not None]
+        due = [place for place in out if now >= self.replicas[place].probe_at and not self.replicas[place].probing]
+        if due:
+            place = due[0]
+        elif up:
+            place = min(up, key=lambda place: self.replicas[place].in_flight)
+        else:  # all are out: the engine probes, one at a time, and each has its turn
+            place = min(out, key=lambda place: self.replicas[place].probe_at)
+        self._turn = (place + 1) % len(self.replicas)
+        chosen = self.replicas[place]
+        chosen.in_flight += 1
+        chosen.probing = chosen.out_since is not None
+        return place
+
+    def give_back(self, place: int, sent: float, now: float, sign: Sign) -> str:
+        """Count back a request by what became of it; ``out`` or ``back`` where that changes who is up."""
+        replica = self.replicas[place]
+        replica.in_flight -= 1
+        out_since = replica.out_since
+        probed = out_since is not None and sent >= out_since
+        replica.probing &= not probed
+        if sign == "alive":
+            if out_since is not None and not probed:
+                return ""  # it was answered before the trouble, and came late
+            replica.failures, replica.out_since = 0, None
+            return "back" if probed else ""
+        if not sign:
+            return ""
+        replica.failures += 1
+        if out_since is not None:
+            if probed:  # one that takes long to fail holds up a row each time
+                pause_s = PROBE_S if now - out_since < LATER_S else PROBE_LATER_S
+                replica.probe_at = now + max(pause_s, now - sent)
+            return ""
+        if sign == "sick" and replica.failures < SUSPECT:
+            return ""
+        replica.out_since, replica.probe_at = now, now + PROBE_S
+        return "out"
+
+    def others_up(self, place: int) -> bool:
+        """Whether any but this one is up."""
+        return any(other.out_since is None for other in self.replicas if other is not self.replicas[place])
+
+
+class ReplicaTransport:
+    """Sends each request to one of several endpoints.
+
+    Parameters
+    ----------
+    endpoints : sequence of Endpoint
+        Two or more.
+
+    Attributes
+    ----------
+    note : callable or None
+        Takes the words where a replica is taken out or put back.
+    """
+
+    def __init__(self, endpoints: Sequence[Endpoint]) -> None:
+        self.note: Callable[[str], None] | None = None
+        self._urls = [each.url for each in endpoints]
+        self._transports: list[Transport] = [each.open() for each in endpoints]
+        self._rota = Rota(len(endpoints))
+        self.most = max(transport.most for transport in self._transports)  # all share the files of one process
+
+    async def send(self, body: bytes) -> Reply:
+        """Send one request; see `Transport`.
+
+        Raises
+        ------
+        ReplicaDown
+            This replica gave no reply, and another is up.
+        """
+        loop = asyncio.get_running_loop()
+        sent = loop.time()
+        place = self._rota.take(sent)
+        try:
+            reply = await self._transports[place].send(body)
+        except Unreachable as error:
+            taken = isinstance(error, Lost)
+            fault: Sign = "sick" if taken or error.kind == "timeout" else "away" if error.kind == "connection" else ""
+            self._end(place, sent, loop.time(), fault)
+            if error.kind == "connection" and self._rota.others_up(place):
+                raise ReplicaDown(f"no reply from {self._urls[place]}: {error.message}", taken=taken) from error
+            raise
+        except BaseException:  # cancelled: given up after so long, or sooner, where it was the run that ended
+            now = loop.time()
+            self._end(place, sent, now, "sick" if now - sent >= FLOOR_S else "")
+            raise
+        self._end(place, sent, loop.time(), "sick" if reply.status >= 500 else "alive")
+        return reply
+
+    def _end(self, place: int, sent: float, now: float, sign: Sign) -> None:
+        change = self._rota.give_back(place, sent, now, sign)
+        if change and self.note is not None:
+            self.note(f"replica {change}: {self._urls[place]}")
+
+    async def close(self) -> None:
+        """Let go of the connections to all of them."""
+        for transport in self._transports:
+            await transport.close()
+
+
+def resolve(*, base_url: str | Sequence[str] | None = None, **keywords: Any) -> Endpoint:
+    """Find out where to send and how, as `endpoint.resolve` does, to one server or to several with the same model.
+
+    Answers are kept under the first of several, whichever gave them.
+
+    Raises
+    ------
+    ConfigurationError
+        No key, a client that is none, a URL that is none, or one twice.
+    """
+    if base_url is None or isinstance(base_url, str):
+        return endpoint.resolve(base_url=base_url, **keywords)
+    if not isinstance(base_url, list | tuple) or not base_url:
+        raise ConfigurationError(f"base_url={base_url!r} is no URL and no list of them")
+    endpoints = [endpoint.resolve(base_url=url, **keywords) for url in base_url]
+    known = [identity(url) for url in base_url]
+    if twice := next((url for url in known if known.count(url) > 1), None):
+        raise ConfigurationError(f"base_url= names {twice!r} twice; each replica is one server, and is named once")
+    if len(endpoints) == 1:
+        return endpoints[0]
+    return replace(
+        endpoints[0],
+        key=("replicas", *(each.key for each in endpoints)),
+        open=lambda: ReplicaTransport(endpoints),
+        replicas=tuple(each.url for each in endpoints[1:]),
+    )

@@ -1,0 +1,216 @@
+"""Several servers with the same model: all kept full, and none missed when it dies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import llmframe
+from llmframe.errors import ConfigurationError, EndpointError
+from llmframe.outages import PROBE_S, SUSPECT
+from llmframe.replicas import Rota, Sign, resolve
+from tests.server import SimulatedServer, Stats
+
+URLS = ["http://one:8000/v1", "http://two:8000/v1", "http://three:8000/v1"]
+
+
+@pytest.fixture
+def servers() -> Iterator[list[SimulatedServer]]:
+    """Three servers in processes of their own."""
+    made = [SimulatedServer(latency_s=0.05, slots=16, log=False) for _ in range(3)]
+    try:
+        yield [server.start() for server in made]
+    finally:
+        for server in made:
+            server.stop()
+
+
+def ask(servers: list[SimulatedServer], rows: int, **keywords: Any) -> pd.DataFrame:
+    frame = pd.DataFrame({"text": [f"row {number}" for number in range(rows)]})
+    urls = [server.base_url for server in servers]
+    return llmframe.LLMFrame(frame).complete("text", model="m", base_url=urls, progress=False, **keywords)
+
+
+# ---- whose turn it is
+
+
+def test_the_emptiest_gets_the_next_and_equals_take_turns() -> None:
+    rota = Rota(3)
+    assert [rota.take(0.0) for _ in range(6)] == [0, 1, 2, 0, 1, 2]
+    rota.give_back(1, 0.0, 1.0, "alive")
+    assert rota.take(1.0) == 1
+
+
+def test_a_refused_connection_takes_a_replica_out_at_once() -> None:
+    rota = Rota(2)
+    assert rota.give_back(rota.take(0.0), 0.0, 0.1, "away") == "out"
+    assert {rota.take(0.2) for _ in range(5)} == {1}
+
+
+def test_chance_failures_take_nobody_out() -> None:
+    rota = Rota(2)
+    for sign in ("sick", "sick", "alive", "sick", "sick") * 10:
+        place = rota.take(0.0)
+        while place != 0:
+            place = rota.take(0.0)
+        assert rota.give_back(0, 0.0, 0.1, sign) == ""  # type: ignore[arg-type]
+
+
+def test_failures_in_a_row_take_a_replica_out_so_that_the_quickest_to_fail_does_not_draw_all_rows() -> None:
+    rota = Rota(2)
+    sent_there = 0
+    for step in range(50):
+        now = step / 1000
+        place = rota.take(now)
+        if place == 0:
+            sent_there += 1
+            rota.give_back(0, now, now, "sick")
+    assert sent_there == SUSPECT
+
+
+def test_one_probe_at_a_time_and_an_answer_to_it_puts_the_replica_back() -> None:
+    rota = Rota(2)
+    assert rota.take(0.0) == 0
+    rota.give_back(0, 0.0, 0.0, "away")
+    assert rota.take(PROBE_S - 0.01) == 1
+    assert rota.take(PROBE_S) == 0
+    assert rota.take(PROBE_S) == rota.take(PROBE_S) == 1
+    assert rota.give_back(0, PROBE_S, PROBE_S + 0.1, "alive") == "back"
+    assert rota.take(PROBE_S + 0.1) == 0
+
+
+def test_an_answer_from_before_the_trouble_puts_nobody_back() -> None:
+    rota = Rota(2)
+    assert [rota.take(0.0), rota.take(0.0), rota.take(0.0)] == [0, 1, 0]
+    rota.give_back(0, 0.0, 0.1, "away")
+    assert rota.give_back(0, 0.0, 0.2, "alive") == ""
+    assert rota.take(0.3) == 1
+
+
+def test_a_probe_that_takes_long_to_fail_is_as_long_in_coming_again() -> None:
+    rota = Rota(2)
+    rota.give_back(rota.take(0.0), 0.0, 0.0, "away")
+    assert rota.take(1.0) == 0
+    rota.give_back(0, 1.0, 11.0, "away")
+    assert {rota.take(20.9) for _ in range(3)} == {1}
+    assert rota.take(21.0) == 0
+
+
+@given(st.lists(st.tuples(st.sampled_from(["alive", "sick", "away", ""]), st.floats(0, 2)), max_size=300))
+def test_whatever_happens_every_request_has_a_replica_and_is_counted_back(events: list[tuple[Sign, float]]) -> None:
+    rota, now, out = Rota(3), 0.0, []
+    for sign, gap_s in events:
+        now += gap_s
+        out.append((rota.take(now), now))
+        if gap_s > 1:
+            place, sent = out.pop(0)
+            rota.give_back(place, sent, now, sign)
+    assert sum(replica.in_flight for replica in rota.replicas) == len(out)
+    for place, sent in out:
+        rota.give_back(place, sent, now, "alive")
+    assert all(replica.in_flight == 0 and not replica.probing for replica in rota.replicas if not replica.out_since)
+
+
+# ---- real servers
+
+
+def test_all_replicas_are_kept_equally_full(servers: list[SimulatedServer]) -> None:
+    out = ask(servers, 600)
+    assert (out["response_status"] == "ok").all()
+    answered = [server.stats().answered for server in servers]
+    assert sum(answered) == 600
+    assert max(answered) <= 1.2 * min(answered)
+
+
+def test_a_replica_that_is_killed_loses_no_row_and_one_that_returns_is_used_again(
+    servers: list[SimulatedServer], tmp_path: Path
+) -> None:
+    first, second, third = servers
+    for server in servers:
+        server.change(latency_s=0.1)
+    died: list[Stats] = []
+
+    import threading
+
+    def kill_and_restart() -> None:
+        second.wait_for(answered=100)
+        died.append(second.stats())
+        second.kill()
+        third.wait_for(answered=250)
+        second.start()
+
+    attack = threading.Thread(target=kill_and_restart)
+    attack.start()
+    out = ask(servers, 1500, checkpoint=tmp_path / "runs")
+    attack.join()
+    assert (out["response_status"] == "ok").all()
+    assert second.stats().answered >= 50, "it was put back"
+    paid = first.stats().answered + second.stats().answered + third.stats().answered + died[0].answered
+    assert paid <= 1500 + 64, "only what was in flight there was asked again"
+    decisions = [each for each in llmframe.last_run().timeline["decision"] if "replica" in each]
+    assert decisions[0] == f"replica out: {second.base_url}/chat/completions"
+    assert decisions[-1] == f"replica back: {second.base_url}/chat/completions"
+    assert not any("down" in each for each in llmframe.last_run().timeline["decision"]), "the endpoint was never away"
+
+
+def test_a_replica_that_was_never_there_costs_no_row(servers: list[SimulatedServer]) -> None:
+    servers[0].stop()
+    out = ask(servers, 200)
+    assert (out["response_status"] == "ok").all()
+
+
+def test_a_replica_that_answers_everything_with_503_gets_hardly_a_request(servers: list[SimulatedServer]) -> None:
+    servers[1].change(status_all=503)
+    out = ask(servers, 600)
+    assert (out["response_status"] == "ok").all()
+    assert servers[1].stats().received <= 40  # those of the first moment, and probes
+
+
+def test_replicas_that_are_all_away_are_the_endpoints_failure(
+    servers: list[SimulatedServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmframe.engine.FIRST_PATIENCE_S", 1.0)
+    for server in servers:
+        server.stop()
+    with pytest.raises(EndpointError, match="no answer from"):
+        ask(servers, 50)
+
+
+def test_answers_are_kept_under_the_first_replica(servers: list[SimulatedServer], tmp_path: Path) -> None:
+    ask(servers, 30, checkpoint=tmp_path / "runs")
+    asked = sum(server.stats().received for server in servers)
+    ask(servers[:1], 30, checkpoint=tmp_path / "runs")
+    ask([servers[0], servers[2]], 30, checkpoint=tmp_path / "runs")
+    assert sum(server.stats().received for server in servers) == asked == 30
+
+
+# ---- the call
+
+
+def test_a_list_of_one_is_that_one() -> None:
+    assert resolve(base_url=URLS[:1], api_key="sk-x").key == resolve(base_url=URLS[0], api_key="sk-x").key
+
+
+@pytest.mark.parametrize(
+    ("base_url", "words"),
+    [
+        ([], "no URL and no list of them"),
+        ({"http://one/v1"}, "no URL and no list of them"),
+        (["http://one/v1", "two"], "'two' is no URL"),
+        (["http://one/v1", "http://ONE:80/v1/"], "names 'http://one/v1' twice"),
+    ],
+)
+def test_a_list_that_is_none_is_refused(base_url: Any, words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        resolve(base_url=base_url, api_key="sk-x")
+
+
+def test_every_replica_on_an_open_line_is_warned_of() -> None:
+    end = resolve(base_url=["https://one.example.com/v1", "http://two.example.com/v1"], api_key="sk-x")
+    assert end.replicas == ("http://two.example.com/v1/chat/completions",)
