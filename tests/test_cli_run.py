@@ -52,6 +52,12 @@ def test_json_is_one_line_of_figures(here: Path, capsys: pytest.CaptureFixture[s
     assert said["checkpoint"] == "out.parquet.checkpoint"
 
 
+def test_a_base_url_given_twice_names_two_servers(here: Path, server: SimulatedServer) -> None:
+    nobody = "http://127.0.0.1:9/v1"
+    assert run("text", "--quiet", "--base-url", server.base_url, "--base-url", nobody) == 0
+    assert server.stats().answered == 10
+
+
 def test_rows_that_failed_are_status_3_and_it_says_where(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pd.DataFrame({"text": ["fine", "no model reads this. [[status=400]]"]}).to_parquet("in.parquet")
     assert run("text", "--quiet") == 3
