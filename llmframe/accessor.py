@@ -226,7 +226,7 @@ class LLMFrame:
         return pd.Series(typed(cells, object), index=self._frame.index, name="messages")
 
     @method_takes_options(call_options)
-    def estimate(self, prompt: Prompt, *, sample: int | None = None, **keywords: Any) -> Estimate:
+    def estimate(self, prompt: Prompt, *, sample: int | None = None, batch: bool = False, **keywords: Any) -> Estimate:
         r"""Estimate what `complete` would ask and cost; nothing is sent, and the checkpoint is only read.
 
         Parameters
@@ -236,6 +236,8 @@ class LLMFrame:
         sample : int, optional
             Ask so many rows for real, spread over the frame, and take the length of the others' answers from theirs.
             It needs ``checkpoint=``, which keeps them: `complete` does not ask them again.
+        batch : bool, default False
+            Also show what `submit_batch` would save.
 
         Returns
         -------
@@ -256,8 +258,8 @@ class LLMFrame:
         """
         if keywords.get("api") == "embeddings":
             given = {name: value for name, value in keywords.items() if name != "api"}
-            return estimate(*self._embedding(prompt, given), sample=sample)
-        return estimate(*self._call(prompt, keywords), sample=sample)
+            return estimate(*self._embedding(prompt, given), sample=sample, batch=batch)
+        return estimate(*self._call(prompt, keywords), sample=sample, batch=batch)
 
     @method_takes_options(call_options)
     def submit_batch(

@@ -53,6 +53,8 @@ class Estimate:
         The part of it that the prompts take, without any discount for cached tokens.
     prompts_by, completions_by, price_by : str
         What the figures were taken from.
+    batch : bool
+        Whether a batch is what was asked about: its view then shows what one saves.
 
     Examples
     --------
@@ -72,13 +74,14 @@ class Estimate:
     prompts_by: str
     completions_by: str
     price_by: str
+    batch: bool = False
 
     def __add__(self, other: Estimate) -> Estimate:
         """Add the estimate of other rows of the same call; what is unknown of either is unknown of both."""
         numbers: dict[str, Any] = {
             each.name: None if None in (mine := (getattr(self, each.name), getattr(other, each.name))) else sum(mine)
             for each in fields(self)
-            if not each.name.endswith("_by")
+            if not each.name.endswith("_by") and each.name != "batch"
         }
         return replace(other if other.requests and not self.requests else self, **numbers)
 
@@ -86,6 +89,11 @@ class Estimate:
     def batch_cost_usd(self) -> float | None:
         """The USD of the same through a Batch API at half the price, as OpenAI's and Azure's are."""
         return None if self.cost_usd is None else self.cost_usd * BATCH_SHARE
+
+    @property
+    def batch_saves_usd(self) -> float | None:
+        """The USD by which that is less."""
+        return None if self.cost_usd is None else self.cost_usd * (1.0 - BATCH_SHARE)
 
     def __repr__(self) -> str:
         width = max(len(name) for name, _, _ in self._lines())
@@ -114,6 +122,7 @@ class Estimate:
             ("cost", _shown(self.cost_usd, "{:,.4f} USD"), self.price_by),
             ("of it the prompts", _shown(self.prompt_cost_usd, "{:,.4f} USD"), ""),
             ("as a batch", _shown(self.batch_cost_usd, "{:,.4f} USD"), "where the provider's Batch API takes half"),
+            *([("saved by it", _shown(self.batch_saves_usd, "{:,.4f} USD"), "")] if self.batch else []),
         ]
 
 
@@ -121,8 +130,14 @@ def _shown(value: float | None, form: str) -> str:
     return "unknown" if value is None else form.format(value)
 
 
-def estimate(prompts: Prompts, options: Options, sample: int | None = None) -> Estimate:
+def estimate(prompts: Prompts, options: Options, sample: int | None = None, *, batch: bool = False) -> Estimate:
     """Estimate a call; see `LLMFrame.estimate`."""
+    if batch not in (True, False):
+        raise ConfigurationError(f"batch={batch!r} is not known; it is True or False")
+    return replace(_estimated(prompts, options, sample), batch=batch)
+
+
+def _estimated(prompts: Prompts, options: Options, sample: int | None) -> Estimate:
     if sample is None:
         return _look(prompts, options, ENOUGH).estimate
     check_count("sample", sample)

@@ -151,6 +151,15 @@ def test_a_known_model_is_priced_and_half_of_it_as_a_batch() -> None:
     assert made.batch_cost_usd == pytest.approx(made.cost_usd / 2)
 
 
+def test_an_estimate_of_a_batch_shows_both_prices_and_what_is_saved() -> None:
+    made = frame().llm.estimate("{text}", batch=True, model="m", max_tokens=10, prices={"input": 1.0, "output": 10.0})
+    shown = repr(made + made)
+    assert f"{2 * made.cost_usd:.4f} USD" in shown
+    assert f"as a batch         {2 * made.batch_cost_usd:>10.4f} USD" in shown
+    assert f"saved by it        {2 * made.batch_saves_usd:>10.4f} USD" in shown
+    assert "saved by it" not in repr(frame().llm.estimate("{text}", model="m"))
+
+
 def test_its_view_escapes_what_came_from_outside_and_has_no_colour_of_its_own() -> None:
     made = Estimate(1, 0, 1, 0, 5, None, None, None, "<b>&", "<script>alert(1)</script>", "p")
     shown = made._repr_html_()
