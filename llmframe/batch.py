@@ -734,7 +734,7 @@ class _Going:
     @property
     def rows_done(self) -> int:
         """Those that the provider is done with."""
-        return sum(part.done + (0 if part.taken else part.failed) for part in self.job._ledger.parts)
+        return sum(part.done + part.failed - part.left for part in self.job._ledger.parts)
 
     @property
     def rows_a_request(self) -> float:
