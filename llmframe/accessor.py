@@ -152,7 +152,8 @@ class LLMFrame:
         text : column name, template, or callable
             What is embedded: ``"review"``, ``"{title}: {body}"``, or a function of a row that returns text.
         model : str
-            The model's name, as in ``"text-embedding-3-small"``. It is not taken from `configure`, whose model answers.
+            The model's name, as in ``"text-embedding-3-small"``; ``"local"`` is the embedded one, which is for trying
+            things out. It is not taken from `configure`, whose model answers.
         output : str, default "embedding"
             The column of vectors, and the prefix of the others.
         dimensions : int, optional
@@ -184,9 +185,9 @@ class LLMFrame:
 
         Examples
         --------
-        >>> keywords = {"model": "text-embedding-3-small", "api_key": "sk-..."}
-        >>> pd.DataFrame({"text": [None]}).llm.embed("text", **keywords)["embedding_error"].tolist()
-        ["missing value in column 'text'"]
+        >>> out = df.llm.embed("text", model="local")
+        >>> out["embedding"][0].dtype, len(out["embedding"][0]), out["embedding_status"].tolist()
+        (dtype('float32'), 576, ['ok', 'ok'])
         """
         return runner.complete(*self._embedding(text, keywords)).frame()
 
@@ -196,10 +197,10 @@ class LLMFrame:
 
         Examples
         --------
-        >>> async def embed(texts):
-        ...     return await texts.llm.aembed("text", model="text-embedding-3-small", api_key="sk-...")
-        >>> asyncio.run(embed(pd.DataFrame({"text": [None]})))["embedding_status"].tolist()
-        ['skipped']
+        >>> async def embed():
+        ...     return await df.llm.aembed("text", model="local")
+        >>> asyncio.run(embed())["embedding_status"].tolist()
+        ['ok', 'ok']
         """
         state = await runner.acomplete(*self._embedding(text, keywords))
         return state.frame()
@@ -436,9 +437,8 @@ class LLMSeries:
 
         Examples
         --------
-        >>> texts = pd.Series([None], index=["a"])
-        >>> texts.llm.embed("passage: {}", model="text-embedding-3-small", api_key="sk-...").index.tolist()
-        ['a']
+        >>> df["text"].llm.embed(model="local").map(len).tolist()
+        [576, 576]
         """
         if not isinstance(text, str) or "{" not in text:
             raise TemplateError(f"the text {text!r:.60} has no {{}} for the value, as in 'passage: {{}}'")

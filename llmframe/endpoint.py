@@ -177,7 +177,7 @@ def resolve(
             )
         from llmframe import local
 
-        served = _of_client(_client(local.serve(), "local"), extras, PATHS[api])
+        served = _of_client(_client(local.serve(embeddings=api == "embeddings"), "local"), extras, PATHS[api])
         return Endpoint(local.identity(), served.url, served.key, served.open)
     if base_url is not None:
         check_url(base_url)

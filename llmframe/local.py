@@ -80,10 +80,10 @@ class _Server:
 
 
 _lock = threading.Lock()
-_servers: dict[Path, _Server] = {}
+_servers: dict[tuple[Path, bool], _Server] = {}
 
 
-def serve(model: str | os.PathLike[str] | None = None) -> str:
+def serve(model: str | os.PathLike[str] | None = None, *, embeddings: bool = False) -> str:
     """Serve the embedded model on this machine, and give the URL to reach it at.
 
     The first call fetches the model, 93 MB. A model that is being served already is not started again. The server
@@ -93,6 +93,8 @@ def serve(model: str | os.PathLike[str] | None = None) -> str:
     ----------
     model : path, optional
         A GGUF file to serve in its place; else the one that ``LLMFRAME_LOCAL_MODEL`` names.
+    embeddings : bool, default False
+        Serve embeddings and no answers, in a process of its own: the mean of what the model makes of a text's tokens.
 
     Returns
     -------
@@ -113,9 +115,9 @@ def serve(model: str | os.PathLike[str] | None = None) -> str:
         raise ConfigurationError(f"the embedded model is served by xllamacpp, which is not installed; run: {EXTRA}")
     with _lock:
         path = _given(model) or _fetched(EMBEDDED)
-        running = _servers.get(path)
+        running = _servers.get((path, embeddings))
         if running is None or running.process.poll() is not None:
-            running = _servers[path] = _start(path)
+            running = _servers[path, embeddings] = _start(path, embeddings=embeddings)
         return running.url
 
 
@@ -204,12 +206,12 @@ def _remembered_sha256(path: Path) -> str:
 # The server
 
 
-def _start(model: Path) -> _Server:
+def _start(model: Path, *, embeddings: bool) -> _Server:
     """Start the process and wait until the model is loaded."""
     program = Path(__file__).with_name("local_server.py")
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
-            [sys.executable, "-P", str(program), str(model)],
+            [sys.executable, "-P", str(program), str(model), *(["embeddings"] if embeddings else [])],
             stdin=subprocess.PIPE,  # its closing is what ends the server
             stdout=subprocess.PIPE,
             stderr=said,

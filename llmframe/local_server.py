@@ -1,4 +1,4 @@
-"""The process that serves the embedded model: ``python local_server.py MODEL.gguf``.
+"""The process that serves the embedded model: ``python local_server.py MODEL.gguf [embeddings]``.
 
 It prints its address, then serves until its standard input closes, so it never outlives whoever started it,
 however that one ended. It imports nothing of llmframe: it has to start fast.
@@ -12,6 +12,7 @@ from pathlib import Path
 
 SLOTS = 4  # requests decoded together: 1.35 x the rows a second of one; 8 would add a tenth, for 400 MB more
 SLOT_TOKENS = 4096  # prompt and answer of one request; each slot has its own, so that no row's neighbours can fail it
+EMBEDDED_TOKENS = 2048  # of one text that is embedded; its memory is taken whether or not any is so long
 HTTP_THREADS = 64  # a kept-alive connection holds one, busy or not; with fewer, a waiting one is not even read
 # The threads wait for each other hundreds of times a token, so one that shares its core with the caller, or with its
 # own core's second half, stalls them all: two threads on two busy cores were up to 30 x slower than one, and 1.3 x
@@ -20,8 +21,8 @@ SHARE = 0.5  # threads for each CPU
 PROMPT_CACHE_MIB = 0  # slots keep the prefix that rows share; the further cache (8 GiB unless told) has no use here
 
 
-def serve(model: str) -> None:
-    """Serve a model until standard input closes."""
+def serve(model: str, *, embeddings: bool = False) -> None:
+    """Serve a model, or the embeddings that it makes, until standard input closes."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -34,6 +35,11 @@ def serve(model: str) -> None:
     params.cache_prompt = False  # else an answer at temperature 0 depends on which rows came before it
     params.cache_ram_mib = PROMPT_CACHE_MIB
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = max(1, round(cpus() * SHARE))
+    if embeddings:  # a text is taken whole or refused, so the batch is as long as the longest
+        params.embedding = True
+        params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
+        params.n_ctx = SLOTS * EMBEDDED_TOKENS
+        params.n_batch = params.n_ubatch = EMBEDDED_TOKENS
     params.cors_origins = ""  # no web page gets to use it
     params.ui = params.endpoint_slots = False
     server = xllamacpp.Server(params)
@@ -60,4 +66,4 @@ def cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], embeddings="embeddings" in sys.argv[2:])

@@ -288,10 +288,6 @@ def _check_embedding(prompts: Prompts, options: Options) -> None:
         raise ConfigurationError("api='embeddings' gives no answers; embeddings are made by df.llm.embed('text')")
     if options.model is None:
         raise ConfigurationError("no model: pass model= to embed, as in model='text-embedding-3-small'")
-    if options.model == LOCAL and options.client is None:
-        raise ConfigurationError(
-            'model="local" answers prompts and makes no embeddings; pass base_url= of a server that makes them'
-        )
 
 
 def _budget(options: Options, params: Mapping[str, Any], price: PriceOf | None) -> Budget | None:

@@ -26,7 +26,7 @@ import pandas as pd
 import pydantic
 import pytest
 
-from llmframe import ConfigurationError, LLMFrame, local
+from llmframe import ConfigurationError, LLMFrame, local, similarity
 from llmframe.local_server import cpus
 
 START_S = 120.0  # for a server to start or end, on a machine that is busy with other tests
@@ -456,3 +456,17 @@ def test_the_embedded_model_answers_the_responses_api(url: str) -> None:
     out = LLMFrame(frame).complete("Is it good or bad? {review}", **keywords)
     assert out["response_status"].tolist() == ["ok"]
     assert out["response_prompt_tokens"].gt(0).all()
+
+
+def test_the_embedded_model_makes_embeddings_too_beside_its_answers(url: str) -> None:
+    frame = pd.DataFrame(
+        {"text": ["The camera is good.", "The camera is fine.", "Ich esse gern Brot.", "word " * 3000]}
+    )
+    out = frame.llm.embed("text", model="local", progress=False)
+    assert out["embedding_status"].tolist() == ["ok", "ok", "ok", "failed"]
+    assert "too large" in out["embedding_error"][3]
+    like = similarity(out["embedding"], out["embedding"][0])
+    assert like[0] == pytest.approx(1.0)
+    assert like[1] > like[2]
+    assert local.serve() == url
+    assert local.serve(embeddings=True) != url
