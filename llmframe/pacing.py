@@ -268,6 +268,9 @@ class Pacer:
             self._settle(now, reserved, used)
         if headers is not None:
             self._read(now, headers, latency_s)
+        else:
+            self._requests.untold()
+            self._tokens.untold()
         welcome = self._requests.rate
         if not welcome and self._tokens.known:
             welcome = self._tokens.rate * self._history.requests / max(1.0, self._history.tokens)

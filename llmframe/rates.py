@@ -15,6 +15,7 @@ MARGIN_S = 0.05  # of a told rate stay in the endpoint's bucket: what headers ar
 MINUTE_S, HOUR_S, DAY_S = 60.0, 3600.0, 86_400.0
 HISTORY_STEP_S = 0.005  # how finely it is known what was sent when
 HISTORY = 100_000  # steps kept
+SILENT = 12  # answers in a row without a word of a limit that others told: it is there no more
 FEW = 16  # requests are too few to tell a speed
 
 
@@ -83,6 +84,7 @@ class Allowance:
         self._level = 0.0
         self._limit = 0.0
         self._room = 1.0  # the most that was ever left
+        self._silent = 0  # answers in a row that told nothing
 
     def wait_s(self, now: float, amount: float) -> float:
         """Say how long so much must wait."""
@@ -125,7 +127,9 @@ class Allowance:
             says, so the lowest level holds; at the others the bucket was full at best.
         """
         if limit is None or remaining is None:
+            self.untold()
             return
+        self._silent = 0
         if limit != self._limit:
             self._room *= limit / self._limit if self._limit else 1.0
             self._limit = limit
@@ -142,6 +146,12 @@ class Allowance:
             self._level = level
         self._at = now
         self.known = True
+
+    def untold(self) -> None:
+        """Note an answer that told nothing; what nobody tells of for a while is forgotten."""
+        self._silent += 1
+        if self.known and self._silent >= SILENT:
+            self.known, self.rate, self._limit, self._room = False, 0.0, 0.0, 1.0
 
     def _refill(self, now: float) -> None:
         if now > self._at:

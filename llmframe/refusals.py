@@ -13,6 +13,8 @@ RICH_EVIDENCE = 30  # and so many make one that needs no older ones
 BACK_OFF = 0.95  # of the rate found
 RECOVER_S = 5.0  # until the rate found is reached again, and then passed, slowly at first
 PROBING = 0.1  # of the rate more when twice that time has gone by, and then with its third power
+DISPROVED = 2.25  # times that time: what a bucket may have kept at first is used up, so the rate is another one
+FASTER_S = 1.0  # and is sought by doubling
 CATCH_UP = 1.5  # times the rate, for what was held back
 KEPT = 0.8  # of that is trusted to be there
 GUESS = 0.5  # of the speed at which the first refusal came
@@ -157,6 +159,8 @@ class Refusals:
         if self._sure:
             x = held_s / self._recover_s
             speed = self._rate * (BACK_OFF + (1 - BACK_OFF) * x if x < 1 else 1 + PROBING * (x - 1) ** 3)
+            if x > DISPROVED:
+                speed *= float(2.0 ** min(20.0, (x - DISPROVED) * self._recover_s / FASTER_S))
             return CATCH_UP * speed if self._owed > 0 else speed
         if self._ramp:
             held_s -= RAMP_S * RAMP

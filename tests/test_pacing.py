@@ -320,6 +320,24 @@ def test_a_second_run_begins_with_what_the_first_one_learned() -> None:
     assert 2000 / again.seconds >= 0.93 * 64 / (0.3 * MEAN)
 
 
+@pytest.mark.parametrize(
+    ("told", "within_s"), [(TOLD, 5.0), ({"retry_after": "seconds"}, 15.0), ({}, 15.0)], ids=["told", "429", "bare 429"]
+)
+def test_a_limit_that_is_there_no_more_is_soon_forgotten(told: dict[str, Any], within_s: float) -> None:
+    gone = {"rpm": None, "headers": None}
+    simulation = Simulation(Server(rpm=3000, burst=50, latency_s=0.1, sigma=0.3, **told, schedule=((10.0, gone),)))
+    simulation.run([(100, 100)] * 450)
+    assert simulation.run([(100, 100)] * 2000, after_s=2.0).seconds <= within_s  # 40 s at the old rate
+
+
+def test_one_answer_without_headers_among_others_forgets_nothing() -> None:
+    pacer, told = Pacer(Caps(), 0.0), RateHeaders(60, 0, 60.0, None, None, None)
+    for number in range(100):
+        pacer.sent(0.0, 10)
+        pacer.answered(0.1, latency_s=0.1, reserved=10, used=10, headers=None if number % 3 else told)
+    assert 0.0 < pacer.wait_s(0.1, 10) < math.inf
+
+
 # ---- what is asked is done
 
 
