@@ -176,6 +176,8 @@ def _check(options: Options) -> None:
         raise ConfigurationError(
             "refresh=True is not for a batch: pass a checkpoint= of its own, which holds no answers"
         )
+    if isinstance(options.base_url, list | tuple) and len(options.base_url) > 1:
+        raise ConfigurationError("base_url= names several servers, and a batch is at one; name that one")
     if options.model == runner.LOCAL and options.client is None:
         raise ConfigurationError('model="local" has no Batch API, and costs nothing; use df.llm.complete')
 

@@ -1,4 +1,4 @@
-"""The command line: ``llmframe run``, ``inspect``, ``export`` and ``demo``.
+"""The command line: ``llmframe run``, ``batch``, ``inspect``, ``export`` and ``demo``.
 
 The exit status is 0 where every row is ok or skipped, 2 for wrong use, 3 where some rows are neither, and 4 for a run
 that was stopped and that the same command goes on with.
@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from llmframe.cli_batch import add_batch
 from llmframe.cli_checkpoint import add_export, add_inspect
 from llmframe.cli_demo import add_demo
 from llmframe.cli_run import add_run
@@ -46,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llmframe", description="A language model over the rows of a table.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     add_run(verbs)
+    add_batch(verbs)
     add_inspect(verbs)
     add_export(verbs)
     add_demo(verbs)

@@ -24,6 +24,8 @@ import pandas as pd
 import pyarrow as pa
 
 from llmframe import loops, runner
+from llmframe.batch import BatchJob, submit_batch
+from llmframe.batch_work import POLL_S
 from llmframe.checkpoint import Checkpoint, remove_checkpoint
 from llmframe.errors import ConfigurationError, Interrupted, LLMFrameError
 from llmframe.estimate import Estimate, estimate
@@ -43,6 +45,7 @@ PART_ROWS = 16_384  # of a part: enough to be worth a plan, few enough that two 
 ESTIMATE_ROWS = 262_144  # of a part that is only counted
 UNDER_WAY = 2  # parts: while one has its last answers to come, the next is asked
 CHECKPOINT = ".checkpoint"  # is added to the sink's name
+BATCH = ".batch"  # the same, for the directory of a Batch job
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +184,26 @@ def prompts_of(table: pa.Table, prompt: Prompt, options: Options) -> Prompts:
     return Prompts(
         frame, prompt, system=options.system, examples=options.examples, images=options.images, na=options.na
     )
+
+
+def submit_source(
+    paths: Paths, prompt: Prompt, options: Options, job: str, *, keep_files: bool = False, poll_s: float = POLL_S
+) -> BatchJob:
+    """Give the rows of a source to the Batch API; they are held in memory.
+
+    Raises
+    ------
+    ConfigurationError, TemplateError, SchemaError, CheckpointError, BudgetExceeded, EndpointError
+        See `LLMFrame.submit_batch`.
+    """
+    tables = [piece.table for piece in Source(paths.source, paths.where, paths.limit).pieces(ESTIMATE_ROWS)]
+    prompts = prompts_of(pa.concat_tables(tables, promote_options="default"), prompt, options)
+    return submit_batch(prompts, options, job, keep_files=keep_files, poll_s=poll_s)
+
+
+def batch_beside(sink: str) -> str:
+    """Give the directory of the Batch job that goes before a job to this sink."""
+    return f"{sink.rstrip('/')}{BATCH}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -531,4 +554,4 @@ def _metadata(source: Mapping[bytes, bytes] | None, new: Mapping[bytes, bytes]) 
     return kept
 
 
-__all__ = ["JobResult", "Paths", "Total", "Work", "estimate_job", "job_options", "run"]
+__all__ = ["JobResult", "Paths", "Total", "Work", "batch_beside", "estimate_job", "job_options", "run", "submit_source"]

@@ -67,7 +67,7 @@ def test_rows_that_failed_are_status_3_and_it_says_where(here: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((), "give the prompt as the third argument or with --prompt-file"),
+        ((), "give the prompt as an argument or with --prompt-file"),
         (("{txt}",), "did you mean 'text'"),
         (("text", "--prompt-file", "ask.txt"), "one of the two"),
         (("--prompt-file", "ask.txt"), "ask.txt cannot be read"),
