@@ -20,6 +20,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import KernelManager
 
 from tests import turns
+from tests.keys import keys_in
 from tests.server import SimulatedServer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(jupyter_client|zmq|tornado).*")
@@ -77,6 +78,8 @@ class Kernel:
             if message["parent_header"].get("msg_id") != cell:
                 continue
             content = message["content"]
+            if message["msg_type"] != "execute_input":  # what a notebook keeps
+                assert not keys_in(json.dumps(content, default=str))
             match message["msg_type"]:
                 case "stream" if content["name"] == "stdout":
                     seen.stdout += content["text"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import pickle
+import shutil
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import openai
 import pandas as pd
 import pyarrow as pa
@@ -22,12 +24,14 @@ import pytest
 import llmframe
 from llmframe import runner
 from llmframe.checkpoint import Checkpoint
+from llmframe.cli import main
 from llmframe.errors import Interrupted, LLMFrameError, LLMFrameWarning, TemplateError
 from llmframe.options import gather
 from llmframe.parts import COLUMNS, Origin, encode
 from llmframe.prompts import Prompts
 from llmframe.requests import packed
 from llmframe.results import Completion
+from tests.keys import keys_under
 from tests.server import SimulatedServer
 
 KEY = "sk-proj-DISTINCTIVE0123456789abcdefghijklmnop"
@@ -51,7 +55,12 @@ def shown(error: BaseException) -> str:
 def looked_at(run: llmframe.Run) -> list[str]:
     frame = run.frame
     frames = [frame, run.timeline, run.errors]
-    return [repr(run), *(each.to_csv() + each.to_html() + repr(each) for each in frames), repr(frame.attrs)]
+    told = [repr(run), *(each.to_csv() + each.to_html() + repr(each) for each in frames), repr(frame.attrs)]
+    review = frame.llm.review("response", prompt="{text}")
+    picture = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # words as words, not as shapes
+        run.plot()[0].figure.savefig(picture, format="svg")
+    return [*told, repr(review), review._repr_html_(), run._repr_html_(), picture.getvalue()]
 
 
 @pytest.mark.parametrize("way", ["api_key", "client", "sync client", "header"])
@@ -74,6 +83,8 @@ def test_the_key_is_in_nothing_that_a_run_writes_shows_or_raises(
         except (LLMFrameError, KeyboardInterrupt) as error:
             told.append(shown(error))
         told.extend(looked_at(llmframe.last_run()))
+        llmframe.last_run().to_html(tmp_path / "run.html")
+        told.append((tmp_path / "run.html").read_text())
 
     call()
     server.reset(valid_models=["another"])
@@ -96,6 +107,47 @@ def test_the_key_is_in_nothing_that_a_run_writes_shows_or_raises(
 
 def looked_at_frame(frame: pd.DataFrame) -> list[str]:
     return [frame.to_csv(), frame.to_html()]
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["taken", "refused"])
+def test_the_key_is_in_nothing_that_the_shell_prints_or_writes(
+    server: SimulatedServer,
+    wrong: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+    if wrong:
+        server.change(require_key="another")
+    pd.DataFrame({"text": ["a", "[[echo_headers]]", "[[status=400]]"]}).to_parquet("in.parquet")
+    job = ["run", "in.parquet", "out.parquet", "{text}", "--model", "m"]
+    statuses = [main([*job, *more]) for more in (["--dry-run"], ["--json"], [])]
+    assert statuses[1:] == ([4, 4] if wrong else [3, 3])
+    for command in (["inspect", "out.parquet.checkpoint"], ["export", "out.parquet.checkpoint", "all.csv"]):
+        main(command)
+    printed = "".join(capfd.readouterr())
+    assert "out.parquet" in printed
+    assert KEY not in printed
+    assert list(keys_under(tmp_path)) == []
+
+
+def test_the_suite_sees_a_key_that_is_left_in_a_file(tmp_path: Path) -> None:
+    places = [tmp_path / "plain", tmp_path / "held", tmp_path / "none"]
+    for place in places:
+        place.mkdir()
+    (places[0] / "log.txt").write_text(f"Bearer {KEY}")
+    pd.DataFrame({"text": [KEY] * 100 + ["x" * n for n in range(100)]}).to_parquet(
+        places[1] / "x.parquet", compression="zstd"
+    )
+    (places[2] / "a").write_text("task-force; disk-space; sk-***; risk-free")
+    try:
+        assert [{key for _, key in keys_under(place)} for place in places] == [{KEY}, {KEY}, set()]
+    finally:
+        for place in places:  # or the check would object to this very test
+            shutil.rmtree(place)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a signal cannot be sent to a thread there")
