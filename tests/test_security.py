@@ -55,12 +55,17 @@ def shown(error: BaseException) -> str:
 def looked_at(run: llmframe.Run) -> list[str]:
     frame = run.frame
     frames = [frame, run.timeline, run.errors]
-    told = [repr(run), *(each.to_csv() + each.to_html() + repr(each) for each in frames), repr(frame.attrs)]
-    review = frame.llm.review("response", prompt="{text}")
+    return [repr(run), *(each.to_csv() + each.to_html() + repr(each) for each in frames), repr(frame.attrs)]
+
+
+def pictured(run: llmframe.Run, path: Path) -> list[str]:
+    """Give a run's pages and picture."""
+    review = run.frame.llm.review("response", prompt="{text}")
     picture = io.StringIO()
+    run.to_html(path)
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # words as words, not as shapes
         run.plot()[0].figure.savefig(picture, format="svg")
-    return [*told, repr(review), review._repr_html_(), run._repr_html_(), picture.getvalue()]
+    return [repr(review), review._repr_html_(), path.read_text(encoding="utf-8"), picture.getvalue()]
 
 
 @pytest.mark.parametrize("way", ["api_key", "client", "sync client", "header"])
@@ -85,10 +90,9 @@ def test_the_key_is_in_nothing_that_a_run_writes_shows_or_raises(
         except (LLMFrameError, KeyboardInterrupt) as error:
             told.append(shown(error))
         told.extend(looked_at(llmframe.last_run()))
-        llmframe.last_run().to_html(tmp_path / "run.html")
-        told.append((tmp_path / "run.html").read_text())
 
     call()
+    told += pictured(llmframe.last_run(), tmp_path / "run.html")
     server.reset(valid_models=["another"])
     call(model=KEY, checkpoint=None)  # the server quotes the model's name, which is as good as the key
     server.reset(require_key="another")
