@@ -168,6 +168,9 @@ class Budget:
         self.spent += paid
         if paid == most:  # an answer that takes as much as could be is as good as never met
             self.assumed += paid
+        self._wake()
+
+    def _wake(self) -> None:
         while self._waiting:
             self._waiting.popleft()()
 
@@ -198,6 +201,64 @@ class Budget:
             f"{'; '.join(said)} ({self.bound.completion_tokens:,} of them for its answer); a call's budget is its own: "
             "call again for more rows, or with a smaller max_tokens="
         )
+
+
+class Allotment(Budget):
+    """The part of a budget that one of many processes holds: it asks for more when a request does not fit.
+
+    Parameters
+    ----------
+    bound, max_usd, max_tokens
+        Of the whole budget; see `Budget`.
+    """
+
+    def __init__(self, *, bound: Bound, max_usd: float | None = None, max_tokens: int | None = None) -> None:
+        super().__init__(bound=bound, max_usd=max_usd, max_tokens=max_tokens)
+        self._most = Cost()
+        self._over = False
+        self._elsewhere = Cost()
+        self._wanted: Cost | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is set aside, here or anywhere, and no more can be had."""
+        return self._over and self.aside == Cost()
+
+    def fits(self, most: Cost) -> bool:
+        """Whether a request fits into what is held here; one that does not is asked for."""
+        if super().fits(most):
+            return True
+        self._wanted = most
+        return False
+
+    def want(self) -> tuple[Cost, Cost | None]:
+        """Give what is held, and what is wanted; who wants more keeps nothing but what is set aside."""
+        wanted, self._wanted = self._wanted, None
+        if wanted is not None:
+            self._most = self.spent + self.aside
+        return self._most - self.spent, wanted
+
+    def allot(self, more: Cost, *, over: bool, elsewhere: Cost) -> None:
+        """Take what is given, and let those who wait look again.
+
+        Parameters
+        ----------
+        more : Cost
+            To hold besides.
+        over : bool
+            What was wanted is not there, and nobody holds anything that could come back.
+        elsewhere : Cost
+            What all others have spent.
+        """
+        self._most += more
+        self._over, self._elsewhere = over, elsewhere
+        self._wake()
+
+    def refusal(self, most: Cost) -> str:
+        """Say why a request is not sent, and what to do."""
+        whole = Budget(bound=self.bound, max_usd=self.max_usd, max_tokens=self.max_tokens)
+        whole.spent = self.spent + self._elsewhere
+        return whole.refusal(most)
 
 
 def most_completion_tokens(model: str, params: Mapping[str, Any], keyword: str) -> int:

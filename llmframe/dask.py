@@ -11,6 +11,7 @@ import functools
 import multiprocessing
 import operator
 import os
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,7 +24,8 @@ from pydantic import SecretStr
 
 from llmframe import runner
 from llmframe.accessor import LLMFrame
-from llmframe.desk import Desk, Words
+from llmframe.budget import Cost
+from llmframe.desk import Desk, Grant, Limits, Wants, Words
 from llmframe.errors import ConfigurationError, TemplateError
 from llmframe.estimate import Estimate, estimate
 from llmframe.loops import in_thread
@@ -31,7 +33,7 @@ from llmframe.options import Options, call_options, gather, method_takes_options
 from llmframe.planning import output_dtypes
 from llmframe.prompts import Prompt
 from llmframe.results import typed
-from llmframe.stations import Alone, Peers, Station, Stations, prompts_of
+from llmframe.stations import Alone, Peers, Station, Stations, limits_of, prompts_of
 
 try:
     import cloudpickle
@@ -290,6 +292,7 @@ class PartitionCall:
 
     def _peers(self) -> Peers:
         """Find the desk: on the scheduler, where there is one."""
+        limits = limits_of(self._options)
         try:
             from distributed import get_worker
 
@@ -297,12 +300,12 @@ class PartitionCall:
         except (ImportError, ValueError):
             if multiprocessing.parent_process() is not None:
                 self._refuse_caps()
-            return Alone()
-        return OnScheduler(self._run, worker.id)
+            return Alone(desk_of(self._run, limits))
+        return OnScheduler(self._run, limits, worker.id)
 
     def _refuse_caps(self) -> None:
         options = self._options
-        for name in ("rpm", "tpm", "max_cost", "max_tokens_total"):
+        for name in ("max_concurrency", "rpm", "tpm", "max_cost", "max_tokens_total"):
             if getattr(options, name) is not None:
                 raise ConfigurationError(
                     f"{name}= holds for a cluster as a whole, and processes without a scheduler cannot share it; use "
@@ -311,35 +314,62 @@ class PartitionCall:
 
 
 class OnScheduler:
-    """The desk of a cluster, which is on its scheduler."""
+    """The way to the desk of a cluster, which is on its scheduler."""
 
-    def __init__(self, run: str, worker: str) -> None:
+    many = True
+
+    def __init__(self, run: str, limits: Limits, worker: str) -> None:
         from distributed import get_client
 
-        self._run, self._worker = run, worker
+        self._run, self._limits, self._worker = run, limits, worker
         self._client = get_client()
 
     async def claim(self, part: str, words: Words) -> npt.NDArray[np.bool_]:
         """See `Desk.claim`."""
-        taken: npt.NDArray[np.bool_] = await self._at_desk("claim", part, words)
+        taken: npt.NDArray[np.bool_] = await self._at_desk("claim", self._worker, part, words)
         return taken
 
     async def release(self, part: str) -> None:
         """See `Desk.release`."""
         await self._at_desk("release", part)
 
+    async def meet(self, caller: str, wants: Wants) -> Grant:
+        """See `Desk.meet`."""
+        grant: Grant = await self._at_desk("meet", self._worker, caller, wants)
+        return grant
+
+    async def leave(self, caller: str, spent: Cost) -> None:
+        """See `Desk.leave`."""
+        await self._at_desk("leave", caller, spent)
+
     async def _at_desk(self, verb: str, *arguments: Any) -> Any:
-        ask = functools.partial(self._client.run_on_scheduler, at_desk, self._run, self._worker, verb, *arguments)
-        return await in_thread(ask)
+        ask = functools.partial(self._client.run_on_scheduler, at_desk, self._run, self._limits, verb, *arguments)
+        try:
+            return await in_thread(ask)
+        except ModuleNotFoundError as error:
+            raise ConfigurationError(
+                f"the scheduler of the cluster cannot import {error.name}: install llmframe there too, in the version "
+                "of the workers"
+            ) from error
 
 
-def at_desk(run: str, caller: str, verb: str, *arguments: Any, dask_scheduler: Any = None) -> Any:
-    """Do something at a call's desk; runs on the scheduler."""
-    desk = _desks.pop(run, None) or Desk()
-    _desks[run] = desk  # the last of them
+def at_desk(run: str, limits: Limits, verb: str, *arguments: Any, dask_scheduler: Any) -> Any:
+    """Do something at a call's desk; runs on the scheduler, whose clock and knowledge of its workers it adds."""
+    desk = desk_of(run, limits)
+    alive = {worker.server_id for worker in dask_scheduler.workers.values()}
+    if verb == "claim":
+        worker, part, words = arguments
+        return desk.claim(worker, part, words, alive)
+    if verb == "meet":
+        worker, caller, wants = arguments
+        return desk.meet(worker, caller, wants, time.monotonic(), alive)
+    return getattr(desk, verb)(*arguments)
+
+
+def desk_of(run: str, limits: Limits) -> Desk:
+    """Give the desk of a call that is in this process."""
+    desk = _desks.pop(run, None) or Desk(limits)
+    _desks[run] = desk  # now the last of them
     for old in list(_desks)[:-DESKS]:
         del _desks[old]
-    if verb == "claim":
-        part, words = arguments
-        return desk.claim(caller, part, words, {each.server_id for each in dask_scheduler.workers.values()})
-    return getattr(desk, verb)(*arguments)
+    return desk

@@ -57,6 +57,11 @@ class Line:
         """Whether no run uses it."""
         return not self._on_tick
 
+    @property
+    def waiting(self) -> list[int]:
+        """The tokens of each request that waits here, in order."""
+        return [tokens for ticket, tokens in self._waiting if not ticket.done()]
+
     def join(self, on_tick: Callable[[float], None]) -> None:
         """Begin a run: `on_tick` is called with the time, every `TICK_S`, until `leave`."""
         self._on_tick.add(on_tick)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from llmframe.limits import RateHeaders
 from llmframe.outages import Loss, Outage
-from llmframe.rates import MARGIN_S, Allowance, History, request_caps, token_caps
+from llmframe.rates import MARGIN_S, Allowance, History, Share, request_caps, token_caps
 from llmframe.refusals import Refusal, Refusals
 from llmframe.window import CEILING, START_AT_ONCE, START_GAP_S, Window
 
@@ -44,11 +44,17 @@ class Caps:
     tpm : float or None
         Tokens in any 60 seconds, and a sixtieth of it in any one; a request of more goes alone. They are counted as
         reserved, made right by what answers used; what is in flight is as exact as its estimate.
+    share : Share or None
+        What this process has of what it shares with others: of all three, and of what the endpoint's headers tell.
+    ticketed : bool
+        Whether it sends by the tickets of its share alone.
     """
 
     max_concurrency: int | None = None
     rpm: float | None = None
     tpm: float | None = None
+    share: Share | None = None
+    ticketed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +106,8 @@ class Pacer:
     def __init__(self, caps: Caps, now: float) -> None:
         self._began = now
         self._capped = caps.max_concurrency or math.inf
+        self._share = caps.share or Share()
+        self._ticketed = caps.ticketed
         self._request_caps = request_caps(caps.rpm)
         self._token_caps = token_caps(caps.tpm)
         self._requests = Allowance(now)
@@ -174,6 +182,10 @@ class Pacer:
         known += [cap.takes_s(tokens) for cap in self._token_caps]
         return max(known)
 
+    def worth(self, tokens: int) -> float:
+        """Give what so many estimated tokens take, by what is known of the estimates."""
+        return tokens * self._ratio
+
     # -- what happens
 
     def wait_s(self, now: float, tokens: int) -> float:
@@ -196,15 +208,17 @@ class Pacer:
             self._limit = "outage"
             return self._outage.wait_s(now)
         in_flight = self._in_flight
-        if in_flight >= int(self._window.size) or (in_flight and self._outage.suspected):
+        if in_flight >= min(int(self._window.size), self._share.seats) or (in_flight and self._outage.suspected):
             self._wanted = True
-            capped = in_flight >= self._capped
+            capped = in_flight >= min(self._capped, self._share.seats)
             self._limit = "max_concurrency" if capped else "this machine" if self._busy else "server"
             return math.inf
         wait_s, limit = 0.0, ""
         if self._starting and in_flight >= START_AT_ONCE and self._first_sent is not None:
             wait_s = self._first_sent + (in_flight + 1 - START_AT_ONCE) * START_GAP_S - now
-        amount = tokens * self._ratio
+        amount = self.worth(tokens)
+        if self._ticketed and (one_s := self._share.wait_s(now, amount)) > wait_s:
+            wait_s, limit = one_s, "requests/min"
         for cap in self._request_caps:
             if (one_s := cap.wait_s(now, 1.0)) > wait_s:
                 wait_s, limit = one_s, "requests/min"
@@ -227,7 +241,9 @@ class Pacer:
         if self._first_sent is None:
             self._first_sent = now
         self._window.sent(now)
-        amount = tokens * self._ratio
+        amount = self.worth(tokens)
+        if self._ticketed:
+            self._share.take(amount)
         for cap in self._request_caps:
             cap.take(now, 1.0)
         for cap in self._token_caps:
@@ -369,6 +385,8 @@ class Pacer:
         if self._token_caps:
             self._excess = max(-self._credit, self._excess + used - reserved * self._ratio)
             if self._excess > 0:
+                if self._ticketed:
+                    self._share.take_tokens(self._excess)
                 for cap in self._token_caps:
                     cap.take(now, self._excess)
                 self._excess = 0.0
@@ -381,17 +399,18 @@ class Pacer:
         history, late_s = self._history, MARGIN_S + self._lag_s
         sums = [(age, history.by(now - age)) for age in (late_s, age_s, *(age for age in LOOKS_S if age < age_s / 2))]
         at = max(now, self._refusals.hold_until)  # an endpoint that asks to stay away may refill only then
+        peers = self._share.peers  # each takes its part of what the headers tell them all
         self._requests.learn(
             at,
-            headers.limit_requests,
-            headers.remaining_requests,
+            _part(headers.limit_requests, peers),
+            _part(headers.remaining_requests, peers),
             headers.reset_requests_s,
             [(history.requests - requests, age) for age, (requests, _, _) in sums],
         )
         self._tokens.learn(
             at,
-            headers.limit_tokens,
-            headers.remaining_tokens,
+            _part(headers.limit_tokens, peers),
+            _part(headers.remaining_tokens, peers),
             headers.reset_tokens_s,
             [(history.tokens - tokens, age) for age, (_, tokens, _) in sums],
         )
@@ -416,3 +435,7 @@ class Pacer:
             spared = decisions < MOMENTS / 2
             self.timeline = [each for n, each in enumerate(self.timeline) if n % 2 or (spared and each.decision)]
         self.timeline.append(moment)
+
+
+def _part(told: float | None, peers: int) -> float | None:
+    return None if told is None else told / peers

@@ -16,6 +16,7 @@ MINUTE_S, HOUR_S, DAY_S = 60.0, 3600.0, 86_400.0
 HISTORY_STEP_S = 0.005  # how finely it is known what was sent when
 HISTORY = 100_000  # steps kept
 SILENT = 12  # answers in a row without a word of a limit that others told: it is there no more
+TICKET_S = 0.5  # a ticket not used by then is void: less than the 2 % by which a capped minute is counted longer
 FEW = 16  # requests are too few to tell a speed
 
 
@@ -72,6 +73,50 @@ def request_caps(rpm: float | None) -> list[Cap]:
 def token_caps(tpm: float | None) -> list[Cap]:
     """Build the caps of tokens a minute: the minute's, and each second's share of it."""
     return [] if tpm is None else [Cap(tpm, MINUTE_S), Cap(tpm / MINUTE_S, 1.0)]
+
+
+class Share:
+    """What this process may have of what several share: tickets to send with, seats, and how many they are.
+
+    Attributes
+    ----------
+    peers : int
+        Processes that ask the endpoint, this one included.
+    seats : float
+        Requests that this one may have in flight.
+    """
+
+    def __init__(self) -> None:
+        self.peers = 1
+        self.seats = math.inf
+        self._requests = self._tokens = 0.0
+        self._until = -math.inf
+
+    def give(self, now: float, requests: float, tokens: float) -> None:
+        """Take tickets, which hold for `TICKET_S`: later they would be those of another minute."""
+        if now >= self._until:
+            self._requests = self._tokens = 0.0
+        self._requests += requests
+        self._tokens += tokens
+        self._until = now + TICKET_S
+
+    def tickets(self, now: float) -> int:
+        """Give the requests that there are tickets for."""
+        return int(self._requests) if now < self._until else 0
+
+    def wait_s(self, now: float, tokens: float) -> float:
+        """Say whether there is a ticket: 0, or infinity until some are given."""
+        there = now < self._until and self._requests >= 1.0 and self._tokens >= tokens - 1e-6
+        return 0.0 if there else math.inf
+
+    def take(self, tokens: float) -> None:
+        """Use a ticket."""
+        self._requests -= 1.0
+        self._tokens -= tokens
+
+    def take_tokens(self, tokens: float) -> None:
+        """Make right what a request took beyond its ticket."""
+        self._tokens -= tokens
 
 
 class Allowance:

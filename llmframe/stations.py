@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import os
 import threading
+import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
 
@@ -21,22 +24,36 @@ import numpy.typing as npt
 import pandas as pd
 
 from llmframe import loops, runner
+from llmframe.budget import Allotment, Cost
 from llmframe.checkpoint import Checkpoint
-from llmframe.desk import Desk, Words, words_of
+from llmframe.desk import Desk, Grant, Limits, Wants, Words, words_of
 from llmframe.errors import LLMFrameError
 from llmframe.index import Index
+from llmframe.lines import Line, line_to
 from llmframe.options import Options
+from llmframe.pacing import Caps
 from llmframe.planning import check_columns
 from llmframe.prompts import Prompt, Prompts
+from llmframe.rates import Share
 from llmframe.runner import Prepared
 
 LINGER_S = 5.0  # until a station that has nothing to do is closed: the next part is on its way, as a rule
 LOOK_S = 0.25  # how often it is seen whether what another part asks is there
+MEET_S = 1.0  # how often a process comes to the desk; what it learns there is how many there are
+TICKETS_S = 0.05  # the same where it sends by tickets, has seats, or waits for money
 INDEXES = 4  # checkpoints whose index is kept
 
 
 class Peers(Protocol):
-    """The way to the desk."""
+    """The way to a call's desk.
+
+    Attributes
+    ----------
+    many : bool
+        Whether other processes come there too.
+    """
+
+    many: bool
 
     async def claim(self, part: str, words: Words) -> npt.NDArray[np.bool_]:
         """See `Desk.claim`."""
@@ -46,12 +63,22 @@ class Peers(Protocol):
         """See `Desk.release`."""
         ...
 
+    async def meet(self, caller: str, wants: Wants) -> Grant:
+        """See `Desk.meet`."""
+        ...
+
+    async def leave(self, caller: str, spent: Cost) -> None:
+        """See `Desk.leave`."""
+        ...
+
 
 class Alone:
-    """The desk of a process that is all there is."""
+    """The way to a desk that is in this process, to which no other comes."""
 
-    def __init__(self) -> None:
-        self._desk = Desk()
+    many = False
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
 
     async def claim(self, part: str, words: Words) -> npt.NDArray[np.bool_]:
         """See `Desk.claim`."""
@@ -60,6 +87,14 @@ class Alone:
     async def release(self, part: str) -> None:
         """See `Desk.release`."""
         self._desk.release(part)
+
+    async def meet(self, caller: str, wants: Wants) -> Grant:
+        """See `Desk.meet`."""
+        return self._desk.meet("", caller, wants, time.monotonic(), alive=("",))
+
+    async def leave(self, caller: str, spent: Cost) -> None:
+        """See `Desk.leave`."""
+        self._desk.leave(caller, spent)
 
 
 class Station:
@@ -83,6 +118,9 @@ class Station:
     def __init__(self, prompt: Prompt, options: Options, empty: pd.DataFrame, peers: Peers) -> None:
         self._prompt = prompt
         self._peers = peers
+        self._name = uuid.uuid4().hex
+        self._parts = 0  # under way
+        self._meeting: asyncio.Task[None] | None = None
         self._reading = threading.Lock()  # the index takes one reader at a time
         prompts = prompts_of(empty, prompt, options)
         self._call = runner.plan_call(prompts, replace(options, where=None if options.where is None else "missing"))
@@ -90,6 +128,16 @@ class Station:
         checkpoint = runner.open_checkpoint(prompts, options, self._call, _index_of(os.fspath(options.checkpoint)))
         assert checkpoint is not None
         self._checkpoint: Checkpoint = checkpoint
+        self._limits = limits_of(options)
+        # Without caps of a call's own one share will do for all calls, so that they find each other's connections.
+        self._share = Share() if self._limits.paced else _uncapped
+        self._caps = Caps(options.max_concurrency, options.rpm, options.tpm)
+        if peers.many:
+            ticketed = options.rpm is not None or options.tpm is not None
+            self._caps = replace(self._caps, share=self._share, ticketed=ticketed)
+        self._budget: Allotment | None = None
+        if (whole := self._call.budget) is not None:
+            self._budget = Allotment(bound=whole.bound, max_usd=whole.max_usd, max_tokens=whole.max_tokens)
 
     def answer(self, frame: pd.DataFrame, options: Options, beat: Callable[[], None] = lambda: None) -> pd.DataFrame:
         """Answer some of the rows, and wait: the frame with its new columns.
@@ -112,6 +160,7 @@ class Station:
         call = runner.plan_call(prompts, options, self._call)
         check_columns(frame, options, call.schema, call.plan.selected)
         prepared = runner.ready(prompts, options, call, self._checkpoint)
+        prepared = replace(prepared, policy=replace(prepared.policy, caps=self._caps), budget=self._budget)
         try:
             loops.run(functools.partial(self._ask, prepared), beat)
         except LLMFrameError as error:
@@ -127,6 +176,56 @@ class Station:
 
     async def _ask(self, prepared: Prepared) -> None:
         """Ask what no other part asks, then see to the rest."""
+        asking = asyncio.create_task(self._ask_all(prepared))
+        self._parts += 1
+        if self._meeting is None and (self._peers.many or self._budget is not None):
+            self._meeting = asyncio.create_task(self._meet())
+        tasks = {asking} if self._meeting is None else {asking, self._meeting}
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if not asking.done() and self._meeting is not None:
+                self._meeting.result()  # it ends by itself only where the desk cannot be reached
+            asking.result()
+        finally:
+            asking.cancel()
+            await asyncio.wait({asking})
+            self._parts -= 1
+            if not self._parts and self._meeting is not None:
+                meeting, self._meeting = self._meeting, None
+                meeting.cancel()
+                await asyncio.wait({meeting})
+                with suppress(Exception):  # where it cannot be reached, it knows soon that nobody comes any more
+                    await asyncio.shield(self._peers.leave(self._name, self._spent))
+
+    @property
+    def _spent(self) -> Cost:
+        return Cost() if self._budget is None else self._budget.spent
+
+    async def _meet(self) -> None:
+        """Come to the desk now and again, and make known here what it gives."""
+        loop = asyncio.get_running_loop()
+        line = await line_to(self._call.endpoint, self._caps)
+        limits, budget, share = self._limits, self._budget, self._share
+        while True:
+            held, most = (Cost(), None) if budget is None else budget.want()
+            queue = self._queue(line) if limits.paced and self._peers.many else ()
+            wants = Wants(queue, line.pacer.in_flight, self._spent, held, most)
+            grant = await self._peers.meet(self._name, wants)
+            share.peers = grant.peers
+            if self._peers.many:
+                share.seats = math.inf if grant.seats is None else grant.seats
+                share.give(loop.time(), grant.requests, grant.tokens)
+                line.admit()
+            if budget is not None:
+                budget.allot(grant.money, over=grant.over, elsewhere=grant.elsewhere)
+            await asyncio.sleep(TICKETS_S if limits.paced or budget is not None else MEET_S)
+
+    def _queue(self, line: Line) -> tuple[float, ...]:
+        """Give what waits for a ticket, and has none."""
+        there = self._share.tickets(asyncio.get_running_loop().time())
+        return tuple(line.pacer.worth(tokens) for tokens in line.waiting[there:])
+
+    async def _ask_all(self, prepared: Prepared) -> None:
         part, keys = uuid.uuid4().hex, prepared.state.plan.keys
         left = np.arange(len(keys))
         while len(left):
@@ -152,6 +251,11 @@ class Station:
     def close(self, *, tidy: bool) -> None:
         """Let go of the checkpoint."""
         self._checkpoint.close(tidy=tidy)
+
+
+def limits_of(options: Options) -> Limits:
+    """Give what a call allows all processes together."""
+    return Limits(options.max_concurrency, options.rpm, options.tpm, options.max_cost, options.max_tokens_total)
 
 
 def prompts_of(frame: pd.DataFrame, prompt: Prompt, options: Options) -> Prompts:
@@ -213,6 +317,7 @@ class Stations:
             station.close(tidy=False)
 
 
+_uncapped = Share()
 _indexes: OrderedDict[str, Index] = OrderedDict()
 
 

@@ -21,7 +21,7 @@ dd = pytest.importorskip("dask.dataframe")
 import dask  # noqa: E402
 from distributed import Client, LocalCluster  # noqa: E402
 
-from llmframe.errors import ConfigurationError, EndpointError, SchemaError, TemplateError  # noqa: E402
+from llmframe.errors import BudgetExceeded, ConfigurationError, EndpointError, SchemaError, TemplateError  # noqa: E402
 from tests.server import SimulatedServer  # noqa: E402
 
 KEY = "sk-test-not-a-secret"
@@ -239,6 +239,49 @@ def test_an_error_of_the_endpoint_comes_back_as_itself_with_the_way_to_go_on(
         client.compute(out).result()
     assert raised.value.frame is None
     assert "sk-test" not in str(raised.value)
+
+
+def test_a_budget_holds_for_all_workers_together(
+    server: SimulatedServer, client: Client, call: dict[str, Any], frame: pd.DataFrame
+) -> None:
+    ddf = dd.from_pandas(frame, npartitions=4)
+    with pytest.raises(BudgetExceeded, match="max_tokens_total=500 could be passed"):
+        client.compute(ddf.llm.complete("{text}", max_tokens_total=500, max_tokens=10, **call)).result()
+    server.wait_for(in_flight=0)
+    stats = server.stats()
+    assert 0 < stats.prompt_tokens + stats.completion_tokens <= 500
+
+
+def test_a_budget_of_threads_goes_on_from_one_computation_to_the_next(
+    server: SimulatedServer, call: dict[str, Any], frame: pd.DataFrame
+) -> None:
+    out = dd.from_pandas(frame, npartitions=3).llm.complete("{text}", max_tokens_total=500, max_tokens=10, **call)
+    for _ in range(2):
+        with pytest.raises(BudgetExceeded):
+            out.compute()
+        server.wait_for(in_flight=0)
+    stats = server.stats()
+    assert 0 < stats.prompt_tokens + stats.completion_tokens <= 500
+
+
+def test_a_cap_on_requests_holds_for_all_workers_together(
+    server: SimulatedServer, client: Client, call: dict[str, Any], frame: pd.DataFrame
+) -> None:
+    out = dd.from_pandas(frame.head(18), npartitions=2).llm.complete("{text}", rpm=300, **call)
+    client.compute(out).result()
+    stats = server.stats()
+    assert stats.answered == 18
+    assert stats.seconds > 2.5  # 5 a second, the first five at once
+
+
+def test_a_cap_on_what_is_in_flight_holds_for_all_workers_together(
+    server: SimulatedServer, client: Client, call: dict[str, Any], frame: pd.DataFrame
+) -> None:
+    server.configure(latency_s=0.05)
+    out = dd.from_pandas(frame, npartitions=4).llm.complete("{text}", max_concurrency=3, **call)
+    client.compute(out).result()
+    assert server.stats().answered == 30
+    assert server.stats().max_in_flight <= 3
 
 
 def test_a_worker_that_is_killed_loses_at_most_what_was_not_yet_on_disk(
