@@ -121,6 +121,8 @@ class Station:
         self._name = uuid.uuid4().hex
         self._parts = 0  # under way
         self._meeting: asyncio.Task[None] | None = None
+        self._closing = asyncio.Event()
+        self._door = asyncio.Lock()
         self._reading = threading.Lock()  # the index takes one reader at a time
         prompts = prompts_of(empty, prompt, options)
         self._call = runner.plan_call(prompts, replace(options, where=None if options.where is None else "missing"))
@@ -176,26 +178,38 @@ class Station:
 
     async def _ask(self, prepared: Prepared) -> None:
         """Ask what no other part asks, then see to the rest."""
+        meeting = await self._begin()
         asking = asyncio.create_task(self._ask_all(prepared))
-        self._parts += 1
-        if self._meeting is None and (self._peers.many or self._budget is not None):
-            self._meeting = asyncio.create_task(self._meet())
-        tasks = {asking} if self._meeting is None else {asking, self._meeting}
+        tasks = {asking} if meeting is None else {asking, meeting}
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if not asking.done() and self._meeting is not None:
-                self._meeting.result()  # it ends by itself only where the desk cannot be reached
+            if not asking.done() and meeting is not None:
+                meeting.result()  # it ends by itself only where the desk cannot be reached
             asking.result()
         finally:
             asking.cancel()
             await asyncio.wait({asking})
+            await asyncio.shield(self._end())
+
+    async def _begin(self) -> asyncio.Task[None] | None:
+        """Begin a part: whoever is the first goes to the desk for all."""
+        async with self._door:
+            self._parts += 1
+            if self._meeting is None and (self._peers.many or self._budget is not None):
+                self._closing.clear()
+                self._meeting = asyncio.create_task(self._meet())
+            return self._meeting
+
+    async def _end(self) -> None:
+        """End a part: whoever is the last tells the desk, after all that was asked there was answered."""
+        async with self._door:
             self._parts -= 1
             if not self._parts and self._meeting is not None:
                 meeting, self._meeting = self._meeting, None
-                meeting.cancel()
+                self._closing.set()
                 await asyncio.wait({meeting})
                 with suppress(Exception):  # where it cannot be reached, it knows soon that nobody comes any more
-                    await asyncio.shield(self._peers.leave(self._name, self._spent))
+                    await self._peers.leave(self._name, self._spent)
 
     @property
     def _spent(self) -> Cost:
@@ -206,7 +220,7 @@ class Station:
         loop = asyncio.get_running_loop()
         line = await line_to(self._call.endpoint, self._caps)
         limits, budget, share = self._limits, self._budget, self._share
-        while True:
+        while not self._closing.is_set():
             held, most = (Cost(), None) if budget is None else budget.want()
             queue = self._queue(line) if limits.paced and self._peers.many else ()
             wants = Wants(queue, line.pacer.in_flight, self._spent, held, most)
@@ -214,15 +228,18 @@ class Station:
             share.peers = grant.peers
             if self._peers.many:
                 share.seats = math.inf if grant.seats is None else grant.seats
-                share.give(loop.time(), grant.requests, grant.tokens)
+                if self._caps.ticketed:
+                    share.give(loop.time(), grant.requests, grant.tokens)
                 line.admit()
             if budget is not None:
                 budget.allot(grant.money, over=grant.over, elsewhere=grant.elsewhere)
-            await asyncio.sleep(TICKETS_S if limits.paced or budget is not None else MEET_S)
+            with suppress(TimeoutError):
+                pause_s = TICKETS_S if limits.paced or budget is not None else MEET_S
+                await asyncio.wait_for(self._closing.wait(), pause_s)
 
     def _queue(self, line: Line) -> tuple[float, ...]:
         """Give what waits for a ticket, and has none."""
-        there = self._share.tickets(asyncio.get_running_loop().time())
+        there = self._share.tickets(asyncio.get_running_loop().time()) if self._caps.ticketed else 0
         return tuple(line.pacer.worth(tokens) for tokens in line.waiting[there:])
 
     async def _ask_all(self, prepared: Prepared) -> None:
