@@ -96,9 +96,10 @@ class Share:
         """Take tickets, which hold for `TICKET_S`: later they would be those of another minute."""
         if now >= self._until:
             self._requests = self._tokens = 0.0
-        self._requests += requests
-        self._tokens += tokens
-        self._until = now + TICKET_S
+        if requests:  # else one that does not fit, as its tokens were underestimated, would never be void
+            self._requests += requests
+            self._tokens += tokens
+            self._until = now + TICKET_S
 
     def tickets(self, now: float) -> int:
         """Give the requests that there are tickets for."""

@@ -107,6 +107,8 @@ def test_a_ticket_is_void_after_a_while() -> None:
     assert (share.wait_s(1.1, 30.0), share.wait_s(1.1, 60.0)) == (0.0, float("inf"))
     share.take(30.0)
     assert share.tickets(1.2) == 1
+    share.give(1.2, 0, 0.0)
+    assert share.tickets(1.0 + TICKET_S) == 0
     assert share.wait_s(1.0 + TICKET_S, 1.0) == float("inf")
 
 
