@@ -38,7 +38,7 @@ from llmframe.parts import (
     Row,
     Rows,
     completions,
-    encode,
+    write_rows,
 )
 from llmframe.results import STATUSES, Completion, text_dtype
 from llmframe.storage import Storage, storage_at
@@ -259,18 +259,18 @@ class Checkpoint:
             if not rows:
                 return
             self._characters = 0
-            data = encode(rows, self._origin)
             name = self._new_name()
             try:
                 with self._storage.write(name) as file:
-                    file.write(data)
+                    write_rows(file, rows, self._origin)
+                    size = file.tell()
             except OSError as error:
                 raise CheckpointError(
                     f"{_count(rows):,} answers could not be saved in {self._where}: {_reason(error)}; mend that and "
                     "make the same call again: what was saved before is not asked again"
                 ) from error
             del self._rows[: len(rows)]
-            self._own[name] = data.size
+            self._own[name] = size
             self._merge_in_background()
 
     def close(self, *, tidy: bool = True) -> None:

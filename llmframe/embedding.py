@@ -27,7 +27,9 @@ from llmframe.vectors import Embeddings, Matrix, read_vectors, shared_out
 
 MOST_INPUTS = 2_048  # of one request, by OpenAI's reference
 MOST_TOKENS = 300_000  # of one request, the same
-USUAL_INPUTS = 512  # more of them make no server faster, an answer late, and a reply of a megabyte a hundred dimensions
+USUAL_INPUTS = 512  # more of them make no server faster, and an answer late
+USUAL_BYTES = 1 << 20  # of a reply, the same; and what is in flight has to be held
+NUMBER_BYTES = 16 / 3  # of one number in base64
 LEAST_INPUTS = 32  # below it a request costs more than its texts
 SPREAD = 16  # requests that a small frame is spread over, to be worked on side by side
 ASCII_A_TOKEN = 3.0  # bytes, with a margin: English has 4, code and numbers about 3
@@ -68,6 +70,8 @@ class Embedding:
         Which row sends what.
     price : callable, optional
         Gives what the usage costs.
+    dimensions : callable
+        Gives the length of a vector; None while it is not known.
     answered : callable
         Gives how many requests the run has had answered.
     crowded : callable
@@ -83,6 +87,7 @@ class Embedding:
         plan: Plan,
         price: PriceOf | None,
         *,
+        dimensions: Callable[[], int | None],
         answered: Callable[[], int],
         crowded: Callable[[], bool],
         tell: Callable[[str], None],
@@ -91,6 +96,7 @@ class Embedding:
         self._prompts = prompts
         self._plan = plan
         self._price = price
+        self._dimensions = dimensions
         self._answered = answered
         self._crowded = crowded
         self._tell = tell
@@ -102,7 +108,7 @@ class Embedding:
 
     def bodies(self, asked: npt.NDArray[np.intp]) -> Iterator[tuple[int, bytes]]:
         """Make each request as a worker asks for it."""
-        usual = min(USUAL_INPUTS, max(LEAST_INPUTS, -(-len(asked) // SPREAD)))
+        spread = max(LEAST_INPUTS, -(-len(asked) // SPREAD))
         numbers: list[int] = []
         texts: list[str] = []
         sizes: list[int] = []
@@ -112,7 +118,7 @@ class Embedding:
             size = len(text) if text.isascii() else len(text.encode())
             taken = size / (ASCII_A_TOKEN if size == len(text) else OTHERS_A_TOKEN) + 1
             if not texts:
-                most = self._most_inputs if self._crowded() else min(usual, self._most_inputs)
+                most = self._most_inputs if self._crowded() else min(spread, self._usual(), self._most_inputs)
             if texts and (len(texts) >= most or tokens + taken > self._most_tokens):
                 yield self._chunk(numbers, sizes, tokens), self._requests.embedding_body(texts, self.form)
                 numbers, texts, sizes, tokens = [], [], [], 0.0
@@ -216,6 +222,13 @@ class Embedding:
         if split.answered == 2:
             self._most_inputs = min(self._most_inputs, -(-len(split.larger.numbers) // 2))
             self._most_tokens = min(self._most_tokens, split.larger.tokens / 2)
+
+    def _usual(self) -> int:
+        """Give how many texts to ask for at once, by what a reply will hold."""
+        dimensions = self._dimensions()
+        if dimensions is None:
+            return USUAL_INPUTS
+        return min(USUAL_INPUTS, max(LEAST_INPUTS, int(USUAL_BYTES / (NUMBER_BYTES * dimensions))))
 
     def _chunk(self, numbers: list[int], sizes: list[int], tokens: float) -> int:
         return self._add(_Chunk(np.array(numbers, np.intp), np.array(sizes, np.int64), tokens))

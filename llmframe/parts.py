@@ -39,6 +39,7 @@ __all__ = [
     "completions",
     "embeddings",
     "encode",
+    "write_rows",
 ]
 
 FORMAT = 1
@@ -72,7 +73,7 @@ REQUIRED = ("key", "status", "text")  # without one of these there is no answer 
 
 PIECE_BYTES = 1 << 20  # what a checksum is taken over at once
 GROUP_ROWS = 16_384  # what a reader decodes at once
-GROUP_BYTES = 32 << 20  # the same for long texts
+GROUP_BYTES = 8 << 20  # the same for long texts and vectors, of which a merge holds four or five copies
 REPEATING = ["status", "text", "texts.list.element", "error", "finish_reason", "model", "attempts", "origin"]
 
 _LEAVES = ["texts.list.element" if name == "texts" else name for name in COLUMNS.names]
@@ -202,16 +203,21 @@ class Heads:
 
 
 def encode(rows: Sequence[Row | Rows], origin: Origin) -> pa.Buffer:
-    """Write rows as the bytes of one part."""
+    """Give rows as the bytes of one part."""
     sink = pa.BufferOutputStream()
-    with PartWriter(sink, [origin]) as part:
+    write_rows(sink, rows, origin)
+    return sink.getvalue()
+
+
+def write_rows(file: pa.NativeFile | IO[bytes], rows: Sequence[Row | Rows], origin: Origin) -> None:
+    """Write rows as one part."""
+    with PartWriter(file, [origin]) as part:
         single = [row for row in rows if not isinstance(row, Rows)]
         if single or not rows:
             part.write(_table(single))
         for row in rows:
             if isinstance(row, Rows):
                 part.write(row.table())
-    return sink.getvalue()
 
 
 def _table(rows: Sequence[Row]) -> pa.Table:

@@ -527,6 +527,7 @@ def _embedding(prepared: Prepared) -> Embedding:
         prepared.prompts,
         state.plan,
         prepared.price,
+        dimensions=lambda: state.outcomes.dimensions or state.options.params.get("dimensions"),
         answered=lambda: state.tally.answered,
         crowded=lambda: state.pacer is not None and state.pacer.limited_by == "requests/min",
         tell=functools.partial(say, quiet=prepared.quiet),
