@@ -83,7 +83,8 @@ class Requests:
             raise ConfigurationError(f"extra_body= has {name!r}, which is made here for each row; leave it out")
         plain = {name: plain_json(value, name, ConfigurationError) for name, value in params.items()}
         asked = _integral(plain)
-        self.parameters = canonical({**asked, **(schema or {})}).decode()
+        meant_schema = _integral(schema)  # pydantic 2.10 says 1.0 where 2.14 says 1
+        self.parameters = canonical({**asked, **(meant_schema or {})}).decode()
         self.api = api
         self._instructed = "instructions" in plain  # the user's own: a system message is then one of the input
         words = b',"messages":' if api == "chat" else b',"input":'
@@ -100,7 +101,7 @@ class Requests:
             "api": api,
             "model": model,
             "params": asked,
-            "schema": schema,
+            "schema": meant_schema,
         }
         self._meant = hashlib.sha256(canonical(meant) + b"\n")
 

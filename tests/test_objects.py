@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import io
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
@@ -352,3 +352,36 @@ def test_titles_and_the_order_of_keys_are_no_part_of_a_key() -> None:
     one = {"type": "object", "title": "A", "properties": {"a": {"type": "string", "title": "A"}, "b": {"enum": [1]}}}
     two = {"properties": {"b": {"const": 1, "title": "B"}, "a": {"type": "string"}}, "type": "object"}
     assert key_of(of_json_schema(one)) == key_of(of_json_schema(two))
+
+
+class Feeling(enum.StrEnum):
+    GOOD = "good"
+    BAD = "bad"
+
+
+class Inner(BaseModel):
+    """An inner."""
+
+    when: date | None = None
+    scores: list[Annotated[float, Field(ge=0, le=1)]] = []
+
+
+class Everything(BaseModel):
+    """What pydantic's versions may say otherwise than one another."""
+
+    stars: int = Field(ge=1, le=5, description="Of five.")
+    share: float = Field(gt=0, lt=1e3, multiple_of=0.5)
+    mood: Feeling
+    kind: Literal["a", "b", 3]
+    inner: Inner
+    others: dict[str, Inner] | None
+    tags: set[str] = Field(default_factory=set, max_length=3)
+    price: Decimal
+    pair: tuple[int, str]
+    at: datetime
+    took: timedelta
+    text: Annotated[str, Field(pattern="^a", min_length=1)]
+
+
+def test_the_key_of_a_model_with_everything_in_it_is_that_of_every_version_of_pydantic() -> None:
+    assert key_of(of_model(Everything)) == "c2aaf026b202ddaa56efff36d0587da4f53e7de8d9b30512093eef283a2c3e1c"

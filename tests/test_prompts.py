@@ -411,3 +411,34 @@ def test_the_messages_of_a_frame_are_a_series_with_its_index() -> None:
 def test_the_messages_need_no_model_and_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
     assert pd.DataFrame({"x": ["a"]}).llm.messages("x").tolist() == [[{"role": "user", "content": "a"}]]
+
+
+VALUES = pd.DataFrame(
+    {
+        "int": [1, 2],
+        "float": [0.1, 1e20],
+        "float32": np.array([0.1, 3.0], "float32"),
+        "bool": [True, False],
+        "nullable": pd.array([7, 8], "Int64"),
+        "text": ["é\u2028", "b"],
+        "category": pd.Categorical(["x", "y"]),
+        "time": [pd.Timestamp("2024-01-02"), pd.Timestamp("2024-01-02 03:04:05.678")],
+        "zone": pd.to_datetime(["2024-01-02", "2024-06-02"]).tz_localize("Europe/Berlin"),
+        "delta": pd.to_timedelta(["1h", "2 days"]),
+        "date": [datetime.date(2024, 1, 2)] * 2,
+        "decimal": [Decimal("1.10")] * 2,
+        "list": [[1, "a"], [2.5, None]],
+    }
+)
+
+
+def test_a_value_is_written_alike_by_every_version_of_pandas_and_numpy() -> None:
+    # What is written is in the key: one that changes asks, and bills, every user for every answer again.
+    template = " | ".join(f"{{{name}}}" for name in VALUES)
+    written = [messages[0]["content"] for messages in Prompts(VALUES, template).render(np.arange(2))]
+    assert written == [
+        "1 | 0.1 | 0.1 | True | 7 | é\u2028 | x | 2024-01-02 00:00:00 | 2024-01-02 00:00:00+01:00 | 0 days 01:00:00 | "
+        "2024-01-02 | 1.10 | [1, 'a']",
+        "2 | 1e+20 | 3.0 | False | 8 | b | y | 2024-01-02 03:04:05.678000 | 2024-06-02 00:00:00+02:00 | "
+        "2 days 00:00:00 | 2024-01-02 | 1.10 | [2.5, None]",
+    ]
