@@ -28,6 +28,7 @@ import httpx2
 import openai
 import orjson
 import yarl
+from aiohttp.abc import AbstractStreamWriter
 
 from llmframe.errors import ConfigurationError, EndpointError
 from llmframe.failures import Unreachable
@@ -41,6 +42,9 @@ POOL = 100  # connections of an HTTP client that does not say how many: httpx's 
 SECRET_NAME = re.compile(rb"auth|key|token|secret|cookie|sig", re.IGNORECASE)  # of a header or a query parameter
 SECRET_LENGTH = 8  # characters; shorter ones are words like "EMPTY" and "local", which would blot out honest text
 AUTOMATIC = ("Accept", "Content-Type", "User-Agent")  # what aiohttp adds by itself where the client's owner took it out
+
+
+Wrote = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +85,15 @@ class Transport(Protocol):
 
     most: int
 
-    async def send(self, body: bytes) -> Reply:
+    async def send(self, body: bytes, wrote: Wrote | None = None) -> Reply:
         """Send one request.
+
+        Parameters
+        ----------
+        body : bytes
+            Of the request.
+        wrote : callable, optional
+            Called when it goes onto the wire, or as shortly before as the way can tell.
 
         Raises
         ------
@@ -348,6 +359,19 @@ def _files() -> int:
     return 2**31 if limit == resource.RLIM_INFINITY else max(1, int(FILES_SHARE * limit))
 
 
+class _Watched(aiohttp.BytesPayload):
+    """A body that tells when it is written: a connection may have to be made before."""
+
+    def __init__(self, body: bytes, wrote: Wrote) -> None:
+        super().__init__(body)
+        self._wrote = wrote
+
+    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
+        """Write it."""
+        self._wrote()
+        await super().write_with_length(writer, content_length)
+
+
 class AiohttpTransport:
     """Sends bytes over one aiohttp session: the fast way.
 
@@ -382,11 +406,15 @@ class AiohttpTransport:
             cookie_jar=aiohttp.DummyCookieJar(),
         )
 
-    async def send(self, body: bytes) -> Reply:
+    async def send(self, body: bytes, wrote: Wrote | None = None) -> Reply:
         """Send one request; see `Transport`."""
         try:
             # A redirect would carry the key along, or turn the POST into a GET; it comes back as the failure it is.
-            data = body if len(body) < LARGE_BYTES else io.BytesIO(body)
+            data: Any = body if len(body) < LARGE_BYTES else io.BytesIO(body)
+            if wrote is not None and data is body:
+                data = _Watched(body, wrote)
+            elif wrote is not None:
+                wrote()
             async with self._session.post(self._url, data=data, proxy=self._proxy, allow_redirects=False) as response:
                 return Reply(response.status, response.headers, _redacted(await response.read(), self._secrets))
         except aiohttp.ClientConnectorCertificateError as error:
@@ -433,11 +461,13 @@ class SdkTransport:
         self._path = path
         self._options = _request_options(extras)
 
-    async def send(self, body: bytes) -> Reply:
+    async def send(self, body: bytes, wrote: Wrote | None = None) -> Reply:
         """Send one request; see `Transport`."""
         # As a dict: Azure reads the deployment from it, and Bedrock signs what it makes of it.
         payload = orjson.loads(body)
         post = self._client.post
+        if wrote is not None:
+            wrote()
         try:
             return _reply(await post(self._path, cast_to=httpx2.Response, body=payload, options=self._options))
         except Exception as error:
@@ -470,8 +500,10 @@ class ThreadTransport:
         self._path = path
         self._options = _request_options(extras)
 
-    async def send(self, body: bytes) -> Reply:
+    async def send(self, body: bytes, wrote: Wrote | None = None) -> Reply:
         """Send one request; see `Transport`."""
+        if wrote is not None:
+            wrote()
         loop = asyncio.get_running_loop()
         outcome: asyncio.Future[Reply] = loop.create_future()
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from llmframe import failures
 from llmframe.budget import Budget, Cost
-from llmframe.endpoint import CONNECT_S, Endpoint, Lost, ReplicaDown, Reply
+from llmframe.endpoint import CONNECT_S, Endpoint, Lost, ReplicaDown, Reply, Wrote
 from llmframe.errors import BudgetExceeded, EndpointError
 from llmframe.failures import Failure, Unreachable
 from llmframe.limits import rate_headers, retry_after_s
@@ -335,15 +335,20 @@ class Crew:
         job.started = self._loop.time()
         self._tally.sent += 1
         self._flying[job] = task
+        wrote = _Once(self._line.wrote) if self._line.pacer.capped else None
         try:
-            reply, payload, outcome = await self._ask(job)
+            reply, payload, outcome = await self._ask(job, wrote)
         except BaseException:  # cancelled, or a fault of ours: the line is shared, and has to know
+            if wrote is not None:
+                wrote()
             self._line.release(job.tokens)
             self._tally.maybe_billed += 1
             self._charge(job, None, None, None)
             raise
         finally:
             del self._flying[job]
+        if wrote is not None:
+            wrote()  # it may have failed before
         self._charge(job, reply, payload, outcome)
         latency_s = self._loop.time() - job.started
         if reply is not None:
@@ -353,11 +358,11 @@ class Crew:
         else:
             self._answered(job, reply, payload, outcome, latency_s)
 
-    async def _ask(self, job: Job) -> tuple[Reply | None, Any, Completion | Failure]:
+    async def _ask(self, job: Job, wrote: Wrote | None) -> tuple[Reply | None, Any, Completion | Failure]:
         """Send a request, and judge what comes back: the reply, its JSON, and what it means."""
         try:
             async with asyncio.timeout(None) as job.deadline:
-                reply = await self._line.transport.send(job.body)
+                reply = await self._line.transport.send(job.body, wrote)
         except TimeoutError:
             job.timeouts += 1
             waited_s = self._loop.time() - job.started
@@ -587,6 +592,20 @@ class Crew:
                     "check that the server runs, that base_url= is right, and the network"
                 )
             )
+
+
+class _Once:
+    """Calls what it was given, the first time that it is called."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Wrote) -> None:
+        self._call: Wrote | None = call
+
+    def __call__(self) -> None:
+        call, self._call = self._call, None
+        if call is not None:
+            call()
 
 
 def _wake(waiting: asyncio.Future[None]) -> None:

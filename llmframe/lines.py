@@ -81,7 +81,7 @@ class Line:
         """Wait until a request may be sent; from then on it counts as in flight."""
         now = self._loop.time()
         if not self._waiting and self.pacer.wait_s(now, tokens) <= 0.0:
-            self.pacer.sent(now, tokens)
+            self.pacer.sent(now, tokens, written=not self.pacer.capped)
             return
         ticket: asyncio.Future[None] = self._loop.create_future()
         self._waiting.append((ticket, tokens))
@@ -90,6 +90,7 @@ class Line:
             await ticket
         except asyncio.CancelledError:
             if ticket.done() and not ticket.cancelled():  # let in and cancelled in the same turn of the loop
+                self.wrote()
                 self.release(tokens)
             raise
 
@@ -107,9 +108,15 @@ class Line:
                     if wait_s < math.inf:
                         self._timer = self._loop.call_later(wait_s, self.admit)
                     return
-                self.pacer.sent(now, tokens)
+                self.pacer.sent(now, tokens, written=not self.pacer.capped)
                 ticket.set_result(None)
             self._waiting.popleft()
+
+    def wrote(self) -> None:
+        """Note that a request that was let in is on the wire, or will never be; to be called once for each."""
+        if self.pacer.capped:
+            self.pacer.wrote(self._loop.time())
+            self.admit()
 
     def release(self, tokens: int) -> None:
         """Count back a request that was let in and of which nothing was learned."""

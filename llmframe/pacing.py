@@ -40,7 +40,7 @@ class Caps:
     max_concurrency : int or None
         Requests in flight at one time.
     rpm : float or None
-        Requests in any 60 seconds; no second gets more than its share, ``ceil(rpm / 60)``.
+        Requests in any 60 seconds; no second gets more than its share, ``ceil(rpm / 60)``, spread over its tenths.
     tpm : float or None
         Tokens in any 60 seconds, and a sixtieth of it in any one; a request of more goes alone. They are counted as
         reserved, made right by what answers used; what is in flight is as exact as its estimate.
@@ -149,6 +149,11 @@ class Pacer:
         return 1 if self._outage.since is not None else int(self._window.size)
 
     @property
+    def capped(self) -> bool:
+        """Whether the user capped a rate: then it matters when a request goes onto the wire."""
+        return bool(self._request_caps or self._token_caps)
+
+    @property
     def limited_by(self) -> str:
         """What keeps more from being sent.
 
@@ -235,8 +240,8 @@ class Pacer:
             self._wanted, self._limit = False, limit
         return max(0.0, wait_s)
 
-    def sent(self, now: float, tokens: int) -> None:
-        """Count a request that is being sent."""
+    def sent(self, now: float, tokens: int, *, written: bool = True) -> None:
+        """Count a request that is being sent; where it is not `written` yet, `wrote` has to be called once it is."""
         self._in_flight += 1
         if self._first_sent is None:
             self._first_sent = now
@@ -245,9 +250,11 @@ class Pacer:
         if self._ticketed:
             self._share.take(amount)
         for cap in self._request_caps:
-            cap.take(now, 1.0)
+            cap.hold(1.0)
         for cap in self._token_caps:
-            cap.take(now, amount)
+            cap.hold(amount)
+        if written:
+            self.wrote(now)
         self._requests.take(now, 1.0)
         self._tokens.take(now, amount)
         self._refusals.take()
@@ -255,6 +262,11 @@ class Pacer:
         self._history.sent(now, amount)
         if self._in_flight >= int(self._window.size):
             self._wanted = True
+
+    def wrote(self, now: float) -> None:
+        """Note that a request is on the wire, or that it will never be."""
+        for cap in (*self._request_caps, *self._token_caps):
+            cap.wrote(now)
 
     def answered(
         self, now: float, *, latency_s: float, reserved: int, used: int | None, headers: RateHeaders | None

@@ -21,12 +21,17 @@ FEW = 16  # requests are too few to tell a speed
 
 
 class Cap:
-    """At most so much in any span of so many seconds; a single amount beyond that goes alone."""
+    """At most so much in any span of so many seconds; a single amount beyond that goes alone.
+
+    What counts is when a request goes onto the wire: between the permission and that there may be a handshake, which
+    would let the next ones come closer behind it than they were sent.
+    """
 
     def __init__(self, most: float, span_s: float) -> None:
         self._most = most
         self._span_s = span_s * STRETCH
         self._entries: deque[tuple[float, float]] = deque()
+        self._held: deque[float] = deque()  # let go, and not on the wire yet
         self._total = 0.0
 
     @property
@@ -40,21 +45,30 @@ class Cap:
         while entries and entries[0][0] + self._span_s <= now:
             self._total -= entries.popleft()[1]
         excess = self._total + amount - self._most
-        if not entries or excess <= 1e-9:
+        if excess <= 1e-9 or not (entries or self._held):
             return 0.0
-        until = now
         for then, entry in entries:
-            until, excess = then + self._span_s, excess - entry
+            excess -= entry
             if excess <= 1e-9:
-                break
-        return max(until - now, 1e-6)
+                return max(then + self._span_s - now, 1e-6)
+        # What is not on the wire yet ends at a time nobody knows; an amount beyond the cap waits for all others.
+        return math.inf if self._held else max(entries[-1][0] + self._span_s - now, 1e-6)
 
     def take(self, now: float, amount: float) -> None:
-        """Count what is sent."""
-        if not self._entries:
+        """Count what goes onto the wire now."""
+        self.hold(amount)
+        self.wrote(now)
+
+    def hold(self, amount: float) -> None:
+        """Count what will go onto the wire in a moment."""
+        if not self._entries and not self._held:
             self._total = 0.0  # what rounding left
-        self._entries.append((now, amount))
+        self._held.append(amount)
         self._total += amount
+
+    def wrote(self, now: float) -> None:
+        """Note that one of what is held is on the wire, or will never be."""
+        self._entries.append((now, self._held.popleft()))
 
     def takes_s(self, amount: float) -> float:
         """Say how long so much takes at least, in all."""
@@ -62,12 +76,14 @@ class Cap:
 
 
 def request_caps(rpm: float | None) -> list[Cap]:
-    """Build the caps of requests a minute: the minute's, and each second's share of it."""
+    """Build the caps of requests a minute: the minute's, each second's share of it, and each tenth's of that."""
     if rpm is None:
         return []
     if rpm < 1:
         return [Cap(1, MINUTE_S / rpm)]
-    return [Cap(math.floor(rpm), MINUTE_S), Cap(math.ceil(rpm / MINUTE_S), 1.0)]
+    a_second = math.ceil(rpm / MINUTE_S)
+    # A second's share that comes at once would fill the network's queues, and arrive as closely as it pleases these.
+    return [Cap(math.floor(rpm), MINUTE_S), Cap(a_second, 1.0), Cap(math.ceil(a_second / 10), 0.1)]
 
 
 def token_caps(tpm: float | None) -> list[Cap]:

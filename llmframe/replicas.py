@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from llmframe import endpoint
-from llmframe.endpoint import Endpoint, Lost, ReplicaDown, Reply, Transport
+from llmframe.endpoint import Endpoint, Lost, ReplicaDown, Reply, Transport, Wrote
 from llmframe.errors import ConfigurationError
 from llmframe.failures import Unreachable
 from llmframe.outages import LATER_S, PROBE_LATER_S, PROBE_S, SUSPECT
@@ -130,7 +130,7 @@ class ReplicaTransport:
         self._rota = Rota(len(endpoints))
         self.most = max(transport.most for transport in self._transports)  # all share the files of one process
 
-    async def send(self, body: bytes) -> Reply:
+    async def send(self, body: bytes, wrote: Wrote | None = None) -> Reply:
         """Send one request; see `Transport`.
 
         Raises
@@ -142,7 +142,7 @@ class ReplicaTransport:
         sent = loop.time()
         place = self._rota.take(sent)
         try:
-            reply = await self._transports[place].send(body)
+            reply = await self._transports[place].send(body, wrote)
         except Unreachable as error:
             taken = isinstance(error, Lost)
             fault: Sign = "sick" if taken or error.kind == "timeout" else "away" if error.kind == "connection" else ""

@@ -472,6 +472,15 @@ def test_caps_hold_in_every_sliding_minute_and_second(
         assert most_in_any(1.0, sent) <= tpm / 60 * (1 + 1e-9)
 
 
+def test_what_is_not_on_the_wire_yet_holds_the_next_one_back_however_long_its_handshake_takes() -> None:
+    pacer = Pacer(Caps(rpm=60), 0.0)
+    pacer.sent(0.0, 10, written=False)
+    assert pacer.wait_s(5.0, 10) == math.inf
+    pacer.wrote(5.0)
+    assert 1.0 <= pacer.wait_s(5.0, 10) < 1.1
+    assert pacer.wait_s(6.1, 10) == 0.0
+
+
 def test_a_request_of_more_than_the_tokens_of_a_minute_goes_alone() -> None:
     pacer = Pacer(Caps(tpm=1000), 0.0)
     assert pacer.wait_s(0.0, 5000) == 0.0
