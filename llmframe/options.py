@@ -169,7 +169,7 @@ def embed_options(
     max_attempts: int = 8,
     on_error: OnError = "column",
     client: openai.AsyncOpenAI | openai.OpenAI | None = None,
-    base_url: str | None = None,
+    base_url: str | Sequence[str] | None = None,
     api_key: str | None = None,
     progress: bool | None = None,
     **params: Any,

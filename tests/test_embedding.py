@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import re
+import signal
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -20,6 +24,7 @@ from hypothesis import strategies as st
 
 import llmframe
 from llmframe import accessor
+from llmframe.cli import main
 from llmframe.errors import BudgetExceeded, ConfigurationError, EndpointError, LLMFrameWarning, RowFailed, TemplateError
 from llmframe.messages import user
 from llmframe.options import embed_options
@@ -573,3 +578,91 @@ def test_two_runs_at_once_keep_their_own(server: SimulatedServer, embed: Embed) 
     for thread in threads:
         thread.join()
     assert all(is_right(made[place]) for place in frames)
+
+
+# ---- whatever happens, and whoever sends
+
+
+PROGRAM = """
+import sys
+import pandas as pd, llmframe
+frame = pd.DataFrame({"text": [f"text {number}" for number in range(4_000)]})
+frame.llm.embed("text", model="m", base_url=sys.argv[1], checkpoint=sys.argv[2], max_concurrency=1, progress=False)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_process_that_is_ended_costs_only_what_was_in_flight_or_just_before(
+    server: SimulatedServer, embed: Embed, tmp_path: Path, how: signal.Signals
+) -> None:
+    server.reset(latency_s=0.4)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, server.base_url, str(tmp_path)],
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    with process:
+        server.wait_for(answered=8)
+        process.send_signal(how)
+        assert process.stderr is not None
+        said = process.stderr.read().decode()
+    assert process.returncode != 0
+    if how == signal.SIGINT:
+        assert "Interrupted" in said
+    before = paid(server)
+    server.reset()
+    frame = pd.DataFrame({"text": [f"text {number}" for number in range(4_000)]})
+    out = embed(frame, checkpoint=tmp_path)
+    assert is_right(out)
+    assert out["embedding_status"].eq("ok").all()
+    again = before.keys() & paid(server).keys()
+    # An interrupt saves all; a kill may cost what came since the last flush, one a second: two or three requests.
+    assert len(again) <= (0 if how == signal.SIGINT else 5 * 250)
+    assert len(before) >= 8 * 250
+
+
+@pytest.mark.parametrize("kind", ["sync", "azure", "own transport"])
+def test_any_client_can_embed(server: SimulatedServer, kind: str) -> None:
+    client: Any
+    if kind == "sync":
+        client = openai.OpenAI(base_url=server.base_url, http_client=openai.DefaultHttpxClient())
+    elif kind == "azure":
+        root = server.base_url.removesuffix("/v1")
+        client = openai.AsyncAzureOpenAI(azure_endpoint=root, api_version="2024-10-21", api_key="key")
+    else:
+        client = openai.AsyncOpenAI(base_url=server.base_url, default_query={"a": "b"})
+    frame = rows(100)
+    frame.loc[3, "text"] = "[[status=400]]"
+    out = frame.llm.embed("text", model="m", client=client, progress=False)
+    assert is_right(out)
+    assert (out["embedding_status"] == "ok").sum() == 99
+
+
+def test_replicas_share_the_texts(server: SimulatedServer) -> None:
+    with SimulatedServer() as other:
+        urls = [server.base_url, other.base_url]
+        out = rows(2_000).llm.embed("text", model="m", base_url=urls, progress=False)
+        both = paid(server) + paid(other)
+    assert is_right(out)
+    assert len(both) == 2_000
+    assert max(both.values()) == 1
+
+
+def test_a_shell_exports_what_was_embedded(embed: Embed, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    embed(rows(5), checkpoint=tmp_path / "run")
+    assert main(["inspect", str(tmp_path / "run")]) == 0
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "all.parquet")]) == 0
+    assert "5 requests: 5 ok" in capsys.readouterr().out
+    assert pd.read_parquet(tmp_path / "all.parquet")["embedding"].map(len).tolist() == [8] * 5
+
+
+def test_the_report_of_a_run_is_that_of_its_texts(embed: Embed) -> None:
+    frame = rows(50)
+    frame.loc[3, "text"] = "[[status=400]]"
+    embed(frame)
+    run = llmframe.last_run()
+    assert run.counts == {"ok": 49, "failed": 1}
+    assert run.usage.prompt_tokens == run.frame["embedding_prompt_tokens"].sum()
+    assert run.errors["position"].tolist() == [3]
+    assert "49 ok" in run._repr_html_()
