@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -29,6 +30,22 @@ _FORM = re.compile(
 _UNSUPPORTED = frozenset({400, 404, 405, 415, 422, 500, 501})
 
 
+@dataclass(slots=True)
+class Accepted:
+    """What is known of an endpoint's way with a schema; the parts of a job share it.
+
+    Attributes
+    ----------
+    form : Form
+        How the schema is put to it.
+    taken : bool
+        An answer came under this form, so no refusal is about it.
+    """
+
+    form: Form = "json_schema"
+    taken: bool = False
+
+
 class Asking:
     """What is sent for each request of a run.
 
@@ -42,6 +59,8 @@ class Asking:
         Gives a request's messages by its number; None where a file that they hold is gone.
     tell : callable
         Is told, once at each step, that the endpoint does not take a form.
+    accepted : Accepted, optional
+        What the parts of the same job before this one have learned.
     repairs : bool
         Whether an answer that does not fit is asked again: not where a row has several.
     """
@@ -52,6 +71,7 @@ class Asking:
         schema: Schema | None,
         messages_of: Callable[[int], Messages | None],
         tell: Callable[[str], None],
+        accepted: Accepted | None = None,
         *,
         repairs: bool = True,
     ) -> None:
@@ -60,9 +80,13 @@ class Asking:
         self._messages_of = messages_of
         self._tell = tell
         self._repairs = REPAIRS if repairs and schema is not None else 0
-        self._taken = False  # an answer came under this form, so no refusal is about it
+        self._accepted = accepted or Accepted()
         self._turns: dict[int, Messages] = {}  # of the requests that are asked again
-        self.form: Form = "json_schema"
+
+    @property
+    def form(self) -> Form:
+        """How the schema is put to the endpoint now."""
+        return self._accepted.form
 
     def body(self, messages: Messages) -> bytes:
         """Give the body of a request, in the form that the endpoint takes as far as is known."""
@@ -70,7 +94,7 @@ class Asking:
 
     def repaired(self, number: int, repairs: int, payload: Any, completion: Completion) -> bytes | None:
         """Give the body that asks again after an answer that does not fit; None to take the answer as it is."""
-        self._taken = True
+        self._accepted.taken = True
         if completion.status != "invalid" or repairs >= self._repairs:
             self._turns.pop(number, None)
             return None
@@ -96,9 +120,9 @@ class Asking:
             return None
         if form == self.form:
             step = NEXT.get(form)
-            if step is None or self._taken:
+            if step is None or self._accepted.taken:
                 return None
-            self.form = step
+            self._accepted.form = step
             way = "json_object with the schema in the prompt" if step == "json_object" else "the schema in the prompt"
             self._tell(f"the endpoint does not take {form} ({failure.message:.160}); going on with {way}")
         return self.body(messages)

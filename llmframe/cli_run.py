@@ -12,7 +12,7 @@ from llmframe.batch import BatchJob
 from llmframe.batch_work import POLL_S
 from llmframe.cli_call import add_call, keywords_of, prompt_of, terminations_interrupt
 from llmframe.cli_words import OK, ROWS_LEFT, STOPPED, Verbs
-from llmframe.errors import LLMFrameError
+from llmframe.errors import ConfigurationError, LLMFrameError
 from llmframe.jobs import JobResult, Paths, Work, batch_beside, estimate_job, job_options, submit_source
 from llmframe.notices import wanted
 from llmframe.options import Options
@@ -46,6 +46,7 @@ def add_run(verbs: Verbs) -> None:
     group.add_argument("--dry-run", action="store_true", help="say what it would ask and cost; send nothing")
     group.add_argument("--partial", action="store_true", help="write SINK with what there is, also when stopped")
     group.add_argument("--clean", action="store_true", help="delete the checkpoint when every row is answered")
+    group.add_argument("--dask", metavar="URL", help="ask on the workers of a cluster: tcp://scheduler:8786")
     group.add_argument("--batch", action="store_true", help="by the Batch API first (SINK.batch keeps the job)")
     group.add_argument("--poll-s", type=float, default=POLL_S, metavar="S", help="with --batch: between two looks")
     group.add_argument("--json", action="store_true", help="one line of JSON on standard output at the end")
@@ -61,7 +62,9 @@ def _run(arguments: argparse.Namespace) -> int:
         made = replace(estimate_job(paths, prompt, options), batch=arguments.batch)
         print(json.dumps(asdict(made)) if arguments.json else made)
         return OK
-    work = Work(paths, prompt, options)
+    if arguments.dask and arguments.batch:
+        raise ConfigurationError("--dask and --batch are two ways to ask; leave one of them out")
+    work = _on_cluster(paths, prompt, options, arguments.dask) if arguments.dask else Work(paths, prompt, options)
     if arguments.batch:
         with terminations_interrupt():
             batch = submit_source(paths, prompt, options, batch_beside(arguments.sink), poll_s=arguments.poll_s)
@@ -90,6 +93,14 @@ def _run(arguments: argparse.Namespace) -> int:
         f"llmframe: {left} of {job.rows:,} rows; see {column} and {options.output}_error in {job.sink}", file=sys.stderr
     )
     return ROWS_LEFT
+
+
+def _on_cluster(paths: Paths, prompt: str, options: Options, scheduler: str) -> Work:
+    try:
+        from llmframe.cluster import ClusterWork
+    except ImportError as error:
+        raise ConfigurationError(f"--dask needs Dask: pip install 'llmframe-pandas[dask]' ({error})") from error
+    return ClusterWork(paths, prompt, options, scheduler)
 
 
 def _what_is_left(options: Options, batch: BatchJob) -> Options:

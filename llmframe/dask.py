@@ -11,10 +11,12 @@ import functools
 import multiprocessing
 import operator
 import os
+import pickle
 import time
 import uuid
-from collections.abc import Mapping
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,13 +28,14 @@ from llmframe import runner
 from llmframe.accessor import LLMFrame
 from llmframe.budget import Cost
 from llmframe.desk import Desk, Grant, Limits, Wants, Words
-from llmframe.errors import ConfigurationError, TemplateError
+from llmframe.errors import ConfigurationError, LLMFrameError, TemplateError
 from llmframe.estimate import Estimate, estimate
 from llmframe.loops import in_thread
 from llmframe.options import Options, call_options, gather, method_takes_options
 from llmframe.planning import output_dtypes
 from llmframe.prompts import Prompt
-from llmframe.results import typed
+from llmframe.results import Completion, Usage, typed
+from llmframe.state import State
 from llmframe.stations import Alone, Peers, Station, Stations, limits_of, prompts_of
 
 try:
@@ -47,6 +50,7 @@ __all__ = ["LLMDaskFrame", "LLMDaskSeries"]
 
 ELSEWHERE = "; compute a part of it, as in ddf.head(100), and use df.llm there"
 UNTOLD = ("api_key", "where", "progress", "params")  # are no part of a token, or a part of it in another form
+DOOR = "llmframe_desk"  # of the scheduler
 DESKS = 64  # calls whose desk is kept
 SECRET_EXTRAS = ("extra_headers", "extra_query")  # may hold a key
 
@@ -238,12 +242,20 @@ class PartitionCall:
 
     def __call__(self, frame: pd.DataFrame, mask: pd.Series[Any] | None = None) -> pd.DataFrame:
         """Answer the rows of a partition."""
+        return self._answer(frame, mask).frame()
+
+    def _answer(self, frame: pd.DataFrame, mask: pd.Series[Any] | None = None) -> State:
         options = self._here(mask)
         station = _stations.enter(self._run, functools.partial(self._station, options))
         try:
-            return station.answer(frame, options)
+            return station.answer(frame, options, _watch())
         finally:
             _stations.leave(self._run)
+
+    def completions(self, frame: pd.DataFrame) -> Answers:
+        """Answer some rows: the completions, and what they took."""
+        state = self._answer(frame)
+        return Answers(state.completions(), state.usage, state.cost_usd, state.sent, state.failures)
 
     def of_series(self, values: pd.Series[Any], mask: pd.Series[Any] | None = None) -> pd.Series[Any]:
         """Answer the values of a partition: the answers alone."""
@@ -313,6 +325,46 @@ class PartitionCall:
                 )
 
 
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What came of some rows on a worker.
+
+    Attributes
+    ----------
+    completions : list of Completion
+        One a row, in their order.
+    usage, cost_usd, sent, failures
+        See `State`.
+    """
+
+    completions: list[Completion]
+    usage: Usage
+    cost_usd: float | None
+    sent: int
+    failures: Counter[str]
+
+
+def _watch() -> Callable[[], None]:
+    """Give what stops a task that nobody waits for any more, once: Dask lets its thread go on, and it would spend."""
+    try:
+        from distributed import get_worker
+
+        worker = get_worker()
+        key = worker.get_current_task()
+    except (ImportError, ValueError, KeyError):
+        return lambda: None
+    raised = False
+
+    def look() -> None:
+        nonlocal raised
+        task = worker.state.tasks.get(key)
+        if not raised and (task is None or task.state == "cancelled"):
+            raised = True
+            raise LLMFrameError("given up: nobody waits for this partition any more")
+
+    return look
+
+
 class OnScheduler:
     """The way to the desk of a cluster, which is on its scheduler."""
 
@@ -323,6 +375,7 @@ class OnScheduler:
 
         self._run, self._limits, self._worker = run, limits, worker
         self._client = get_client()
+        self._opened = False
 
     async def claim(self, part: str, words: Words) -> npt.NDArray[np.bool_]:
         """See `Desk.claim`."""
@@ -343,9 +396,17 @@ class OnScheduler:
         await self._at_desk("leave", caller, spent)
 
     async def _at_desk(self, verb: str, *arguments: Any) -> Any:
-        ask = functools.partial(self._client.run_on_scheduler, at_desk, self._run, self._limits, verb, *arguments)
+        return await in_thread(functools.partial(self._ask, (self._run, self._limits, verb, *arguments)))
+
+    def _ask(self, said: tuple[Any, ...]) -> Any:
         try:
-            return await in_thread(ask)
+            if not self._opened:
+                self._client.run_on_scheduler(open_desks)  # type: ignore[no-untyped-call]
+                self._opened = True
+            # By a door of our own: what is run on a scheduler is a line of its log, and this is up to 20 a second.
+            door = getattr(self._client.scheduler, DOOR)
+            heard = self._client.sync(door, said=pickle.dumps(said))  # type: ignore[no-untyped-call]
+            return pickle.loads(heard)
         except ModuleNotFoundError as error:
             raise ConfigurationError(
                 f"the scheduler of the cluster cannot import {error.name}: install llmframe there too, in the version "
@@ -353,10 +414,19 @@ class OnScheduler:
             ) from error
 
 
-def at_desk(run: str, limits: Limits, verb: str, *arguments: Any, dask_scheduler: Any) -> Any:
-    """Do something at a call's desk; runs on the scheduler, whose clock and knowledge of its workers it adds."""
+def open_desks(dask_scheduler: Any) -> None:
+    """Let a scheduler have desks; run there, by whoever comes first."""
+
+    async def hear(said: bytes) -> bytes:
+        alive = {worker.server_id for worker in dask_scheduler.workers.values()}
+        return pickle.dumps(at_desk(*pickle.loads(said), alive=alive))
+
+    dask_scheduler.handlers.setdefault(DOOR, hear)
+
+
+def at_desk(run: str, limits: Limits, verb: str, *arguments: Any, alive: set[str]) -> Any:
+    """Do something at a call's desk; on the scheduler, whose clock and knowledge of its workers it adds."""
     desk = desk_of(run, limits)
-    alive = {worker.server_id for worker in dask_scheduler.workers.values()}
     if verb == "claim":
         worker, part, words = arguments
         return desk.claim(worker, part, words, alive)

@@ -48,7 +48,10 @@ EXPECTED_TOKENS = 64  # reserved for an answer, until the pacer has learned what
 class Ask(Protocol):
     """Says what to send for a row once more."""
 
-    form: Form
+    @property
+    def form(self) -> Form:
+        """What is known to be taken."""
+        ...
 
     def repaired(self, number: int, repairs: int, payload: Any, completion: Completion) -> bytes | None:
         """Give the body to send after an answer; None to take it as it is."""

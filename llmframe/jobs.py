@@ -352,6 +352,18 @@ class Work:
             remove_checkpoint(self.options.checkpoint)
         return self.outcome()
 
+    @property
+    def _part_rows(self) -> int:
+        return PART_ROWS
+
+    @property
+    def _under_way(self) -> int:
+        return UNDER_WAY
+
+    async def _ask(self, prepared: Prepared, numbers: npt.NDArray[np.intp]) -> None:
+        """Ask some of a part's requests."""
+        await runner.ask(prepared, numbers)
+
     async def _execute(self, *, asking: bool = True) -> None:
         """Ask for every part, and write each when it and all before it are whole."""
         self._checkpoint = checkpoint = self._open_checkpoint(Index())
@@ -361,7 +373,7 @@ class Work:
             say(f"{held}; what is among them is not asked", quiet=self.options.progress is False)
         under_way: deque[_Part] = deque()
         whole = False
-        pieces = self._source.pieces(PART_ROWS)
+        pieces = self._source.pieces(self._part_rows)
         try:
             while (piece := await loops.in_thread(lambda: next(pieces, None))) is not None:
                 part = await loops.in_thread(functools.partial(self._prepare, piece))
@@ -369,7 +381,7 @@ class Work:
                 before = [each.task for each in under_way if each.task]
                 part.task = asyncio.create_task(self._answer(part, before, asking=asking))
                 under_way.append(part)
-                while len(under_way) >= UNDER_WAY:
+                while len(under_way) >= self._under_way:
                     await self._write(under_way.popleft(), under_way)
             while under_way:
                 await self._write(under_way.popleft(), under_way)
@@ -431,14 +443,14 @@ class Work:
         late = pending[part.seen[pending]]
         own = pending[~part.seen[pending]]
         if len(own) and asking:
-            await runner.ask(prepared, own)
+            await self._ask(prepared, own)
         if len(late):
             if before:
                 await asyncio.wait(before)
             await loops.in_thread(lambda: self._recall_late(prepared, late))
             late = late[np.isin(late, outcomes.pending())]
             if len(late) and asking:
-                await runner.ask(prepared, late)
+                await self._ask(prepared, late)
         prepared.state.ended = time.monotonic()
 
     def _recall_late(self, prepared: Prepared, late: npt.NDArray[np.intp]) -> None:

@@ -10,7 +10,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmframe import answers, endpoint, loops, replicas
-from llmframe.asking import Asking
+from llmframe.asking import Accepted, Asking
 from llmframe.budget import Bound, Budget, most_completion_tokens
 from llmframe.checkpoint import OTHER_ROWS, Checkpoint, Origin
 from llmframe.embedding import Embedding
@@ -82,6 +82,7 @@ class Call:
     params: Mapping[str, Any]
     price: PriceOf | None
     budget: Budget | None
+    accepted: Accepted = field(default_factory=Accepted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,7 @@ class Prepared:
     price: PriceOf | None
     budget: Budget | None
     checkpoint: Checkpoint | None
+    accepted: Accepted
 
     @property
     def quiet(self) -> bool:
@@ -198,6 +200,7 @@ def ready(prompts: Prompts, options: Options, call: Call, checkpoint: Checkpoint
         price=call.price,
         budget=call.budget,
         checkpoint=checkpoint,
+        accepted=call.accepted,
     )
 
 
@@ -462,7 +465,8 @@ def _asking(prepared: Prepared) -> Asking:
     def tell(words: str) -> None:
         say(words, quiet=prepared.quiet)
 
-    return Asking(prepared.requests, state.schema, messages_of, tell, repairs=not state.options.several)
+    several = state.options.several
+    return Asking(prepared.requests, state.schema, messages_of, tell, prepared.accepted, repairs=not several)
 
 
 def _bodies(

@@ -36,6 +36,7 @@ from llmframe.planning import check_columns
 from llmframe.prompts import Prompt, Prompts
 from llmframe.rates import Share
 from llmframe.runner import Prepared
+from llmframe.state import State
 
 LINGER_S = 5.0  # until a station that has nothing to do is closed: the next part is on its way, as a rule
 LOOK_S = 0.25  # how often it is seen whether what another part asks is there
@@ -141,8 +142,8 @@ class Station:
         if (whole := self._call.budget) is not None:
             self._budget = Allotment(bound=whole.bound, max_usd=whole.max_usd, max_tokens=whole.max_tokens)
 
-    def answer(self, frame: pd.DataFrame, options: Options, beat: Callable[[], None] = lambda: None) -> pd.DataFrame:
-        """Answer some of the rows, and wait: the frame with its new columns.
+    def answer(self, frame: pd.DataFrame, options: Options, beat: Callable[[], None]) -> State:
+        """Answer some of the rows, and wait.
 
         Parameters
         ----------
@@ -151,7 +152,7 @@ class Station:
         options : Options
             The call's, with this part's mask.
         beat : callable
-            Called in this thread ten times a second.
+            Called in this thread ten times a second; what it raises, once, stops the part.
 
         Raises
         ------
@@ -174,7 +175,7 @@ class Station:
                 f"answered is in {options.checkpoint}, and the same call goes on from it)",
             )
             raise error from None
-        return prepared.state.frame()
+        return prepared.state
 
     async def _ask(self, prepared: Prepared) -> None:
         """Ask what no other part asks, then see to the rest."""
@@ -254,9 +255,11 @@ class Station:
                 own = await loops.in_thread(functools.partial(self._recall, prepared, left[~taken]))
                 if len(own):
                     await runner.ask(prepared, own)
-                await asyncio.shield(loops.in_thread(self._checkpoint.flush))
             finally:
-                await asyncio.shield(self._peers.release(part))
+                try:  # before others may have them: what was answered is durable, however it ended
+                    await asyncio.shield(loops.in_thread(self._checkpoint.flush))
+                finally:
+                    await asyncio.shield(self._peers.release(part))
             left = left[taken]
             if len(left):
                 await asyncio.sleep(LOOK_S)
@@ -279,7 +282,9 @@ def limits_of(options: Options) -> Limits:
 
 def prompts_of(frame: pd.DataFrame, prompt: Prompt, options: Options) -> Prompts:
     """Give what the rows of a frame send."""
-    return Prompts(frame, prompt, system=options.system, examples=options.examples, na=options.na)
+    return Prompts(
+        frame, prompt, system=options.system, examples=options.examples, images=options.images, na=options.na
+    )
 
 
 class Stations:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ dd = pytest.importorskip("dask.dataframe")
 import dask  # noqa: E402
 from distributed import Client, LocalCluster  # noqa: E402
 
+from llmframe.cli import main  # noqa: E402
 from llmframe.errors import BudgetExceeded, ConfigurationError, EndpointError, SchemaError, TemplateError  # noqa: E402
 from tests.server import SimulatedServer  # noqa: E402
 
@@ -297,6 +299,51 @@ def test_a_worker_that_is_killed_loses_at_most_what_was_not_yet_on_disk(
     assert out["response"].tolist() == [f"echo: row {number}" for number in range(120)]
     paid = server.stats().answered - 120
     assert paid <= 20  # a second of 10 a second, and what was in flight
+
+
+def test_a_computation_that_is_cancelled_asks_no_more_and_the_next_pays_for_the_rest(
+    server: SimulatedServer, client: Client, call: dict[str, Any]
+) -> None:
+    server.configure(latency_s=0.2, slots=4)
+    frame = pd.DataFrame({"text": [f"row {number}" for number in range(120)]})
+    out = dd.from_pandas(frame, npartitions=2).llm.complete("{text}", max_concurrency=4, **call)
+    future = client.compute(out)
+    server.wait_for(answered=10)
+    future.cancel()
+    stopped = server.wait_for(in_flight=0)
+    assert stopped.answered < 60
+    server.change(latency_s=0.0)
+    assert client.compute(out).result()["response_status"].eq("ok").all()
+    assert server.stats().answered == 120
+
+
+def test_a_job_of_the_shell_runs_on_a_cluster(
+    server: SimulatedServer, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("llmframe.cluster.PART_ROWS", 10)
+    monkeypatch.chdir(tmp_path)
+    frame = pd.DataFrame({"text": [f"row {number % 40}" for number in range(50)]})
+    frame.to_parquet("in.parquet", row_group_size=25)
+    address = client.scheduler.address
+    job = ["run", "in.parquet", "out.parquet", "{text}", "--model", "m", "--base-url", server.base_url, "--json"]
+    for sent in (40, 0):
+        assert main([*job, "--dask", address]) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert (said["rows"], said["counts"], said["requests"]) == (50, {"ok": 50}, sent)
+    made = pd.read_parquet("out.parquet")
+    assert made["response"].tolist() == [f"echo: {text}" for text in frame["text"]]
+    assert made["response_prompt_tokens"].sum() == server.stats().prompt_tokens
+    assert server.stats().received == 40
+
+
+def test_a_scheduler_that_is_not_there_is_wrong_use(
+    server: SimulatedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("llmframe.cluster.CONNECT_S", 0.2)
+    monkeypatch.chdir(tmp_path)
+    pd.DataFrame({"text": ["a"]}).to_parquet("in.parquet")
+    assert main(["run", "in.parquet", "out.parquet", "text", "--model", "m", "--dask", "tcp://127.0.0.1:9"]) == 2
+    assert "there is no Dask scheduler at tcp://127.0.0.1:9" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("later", [True, False], ids=["dask later", "dask first"])

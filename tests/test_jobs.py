@@ -354,3 +354,15 @@ def test_a_job_on_object_storage_reads_and_writes_there(
         server, "s3://rows/in/*.parquet", tmp_path / "out.parquet", checkpoint="s3://rows/out.checkpoint", clean=True
     )
     assert server.stats().received == 100
+
+
+def test_a_form_that_the_endpoint_refuses_is_tried_once_a_job_and_not_once_a_part(
+    server: SimulatedServer, source: Path
+) -> None:
+    class Stars(BaseModel):
+        stars: int
+
+    server.configure(refuse_formats=["json_schema"])
+    run(server, source, '{text} [[say={{"stars": 4}}]]', schema=Stars, max_concurrency=1)
+    assert out_of(source)["response_stars"].eq(4).all()
+    assert server.stats().received == 101
