@@ -261,7 +261,8 @@ def _lines(prompts: Prompts, options: Options, call: Call, numbers: Any) -> Iter
     budget = None if call.budget is None else _half_budget(call.budget)
     path = f"/v1{PATHS[options.api]}"
     for number, messages in zip(numbers.tolist(), prompts.render(call.plan.first[numbers]), strict=True):
-        assert not isinstance(messages, Missing)
+        if isinstance(messages, Missing):  # a file that could be read for the key is gone, or another one
+            raise ConfigurationError(f"{messages.reason}; nothing was submitted")
         body = call.requests.body(messages)
         if budget is not None:
             most = budget.bound(body)

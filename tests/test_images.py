@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,29 @@ def test_an_example_of_a_job_takes_paths_from_a_file(server: SimulatedServer, tm
     )
     assert job.counts == {"ok": 1, "failed": 1}
     assert parts_sent(server) == [[image(url_of(PNG))]]
+
+
+def test_a_dask_frame_takes_them_as_a_pandas_frame_does(server: SimulatedServer, tmp_path: Path) -> None:
+    dd = pytest.importorskip("dask.dataframe")
+    frame = pd.DataFrame({"photo": [f"{URL}?{number}" for number in range(6)]})
+    lazy = dd.from_pandas(frame, npartitions=2).llm.complete(
+        "What is it?",
+        images="photo",
+        model="m",
+        base_url=server.base_url,
+        api_key="sk-test",
+        checkpoint=str(tmp_path / "run"),
+    )
+    out = lazy.compute(scheduler="synchronous")
+    assert out["response_status"].tolist() == ["ok"] * 6
+    sent = [request.body["messages"][0]["content"][1]["image_url"]["url"] for request in server.requests()]
+    assert sorted(sent) == frame["photo"].tolist()
+
+
+def test_an_array_without_pillow_says_what_to_install(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ConfigurationError, match=r"pip install 'llmframe-pandas\[images\]'"):
+        ask(rows(RED))
 
 
 # ---- what cannot be read
