@@ -109,6 +109,18 @@ def _tasks() -> set[asyncio.Task[Any]]:
     return asyncio.run_coroutine_threadsafe(look(), loops.background_loop()).result(10.0)
 
 
+def _start_executor() -> None:
+    """Start all threads that asyncio gives a loop to resolve names: it adds them one by one, as they are missed."""
+
+    async def start() -> None:
+        async with asyncio.timeout(30.0):
+            most = min(32, (os.cpu_count() or 1) + 4)
+            barrier = threading.Barrier(most)
+            await asyncio.gather(*[asyncio.to_thread(barrier.wait) for _ in range(most)])
+
+    asyncio.run_coroutine_threadsafe(start(), loops.background_loop()).result(30.0)
+
+
 class Soak:
     """The calls of the rounds, each with rows that no round had before."""
 
@@ -292,6 +304,7 @@ def main() -> int:
         os.environ["TMPDIR"] = tempfile.tempdir = str(place / "tmp")
         (place / "tmp").mkdir()
         soak = Soak(server, place)
+        _start_executor()
         began = said = time.monotonic()
         while time.monotonic() - began < 60 * chosen.minutes:
             at = time.monotonic()
