@@ -208,7 +208,8 @@ def main() -> int:
 
 def _say(what: str, call: Measured) -> None:
     print(
-        f"{what}: {call.seconds:.1f} s, {call.requests:,} requests; {call.peak_mb:,.0f} MB at the highest, "
+        f"{what}: {call.seconds:.1f} s, {call.cpu_s:.1f} of CPU time, {call.requests:,} requests; "
+        f"{call.peak_mb:,.0f} MB at the highest, "
         f"{call.over_mb:,.0f} over the frame's own {call.frame_mb:,.0f} ({call.before_mb:,.0f} before the call; "
         f"the result is {call.result_mb:,.0f})",
         flush=True,
