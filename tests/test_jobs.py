@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -366,3 +367,46 @@ def test_a_form_that_the_endpoint_refuses_is_tried_once_a_job_and_not_once_a_par
     run(server, source, '{text} [[say={{"stars": 4}}]]', schema=Stars, max_concurrency=1)
     assert out_of(source)["response_stars"].eq(4).all()
     assert server.stats().received == 101
+
+
+def test_writes_to_object_storage_that_fail_once_cost_nothing(
+    server: SimulatedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3fs = pytest.importorskip("s3fs")
+    moto = pytest.importorskip("moto.server")
+    serving = pytest.importorskip("werkzeug.serving")
+    store = moto.DomainDispatcherApplication(moto.create_backend_app)
+    refused: list[str] = []
+
+    def unsteady(environ: dict[str, Any], start_response: Any) -> Any:
+        """Refuse the first of the writes to each key, as a store does whose partition is being split."""
+        path = environ["PATH_INFO"]
+        if environ["REQUEST_METHOD"] in ("PUT", "POST") and path.count("/") > 1 and path not in refused:
+            refused.append(path)
+            start_response("503 Slow Down", [("Content-Type", "application/xml")])
+            return [b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"]
+        return store(environ, start_response)
+
+    served = serving.make_server("127.0.0.1", 0, unsteady, threaded=True)
+    thread = threading.Thread(target=served.serve_forever)
+    thread.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{served.server_port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "none")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        s3fs.S3FileSystem().mkdir("turns")
+        pd.DataFrame({"text": [f"row {number}" for number in range(60)]}).to_parquet("s3://turns/in.parquet")
+        job = run_to(server, "s3://turns/in.parquet", "s3://turns/out.parquet")
+        made = pd.read_parquet("s3://turns/out.parquet")
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+        served.shutdown()
+        thread.join()
+        served.server_close()
+    assert any("/out.parquet.checkpoint/part-" in path for path in refused)
+    assert any(path.endswith("/out.parquet") for path in refused)
+    assert made["response"].tolist() == [f"echo: row {number}" for number in range(60)]
+    assert job.counts == {"ok": 60}
+    assert server.stats().received == 60
