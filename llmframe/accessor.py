@@ -280,10 +280,10 @@ class LLMFrame:
         Parameters
         ----------
         prompt, **keywords
-            As for `complete`. Nothing is paced here: ``max_concurrency``, ``rpm``, ``tpm``, ``timeout`` and
-            ``max_attempts`` change nothing. ``max_cost`` and ``max_tokens_total`` hold for the worst case of the whole
-            batch; where that passes them, nothing is sent. Without ``checkpoint`` the answers are in
-            ``<job>/answers``.
+            As for `complete`; with ``api="embeddings"`` as for `embed`. Nothing is paced here: ``max_concurrency``,
+            ``rpm``, ``tpm``, ``timeout`` and ``max_attempts`` change nothing. ``max_cost`` and ``max_tokens_total``
+            hold for the worst case of the whole batch; where that passes them, nothing is sent. Without
+            ``checkpoint`` the answers are in ``<job>/answers``.
         job : path
             A directory that keeps the job, so that any process finds it: `BatchJob.open`. The same call with the same
             directory goes on with the job that is there, and submits nothing twice. It holds the prompts until they
@@ -310,6 +310,9 @@ class LLMFrame:
         >>> job = df.llm.submit_batch("Translate: {text}", model="gpt-4o-mini", job="runs/job")  # doctest: +SKIP
         >>> out = job.wait().frame()  # doctest: +SKIP
         """
+        if keywords.get("api") == "embeddings":
+            given = {name: value for name, value in keywords.items() if name != "api"}
+            return submit_batch(*self._embedding(prompt, given), job, keep_files=keep_files, poll_s=poll_s)
         return submit_batch(*self._call(prompt, keywords), job, keep_files=keep_files, poll_s=poll_s)
 
     def review(

@@ -23,6 +23,7 @@ from llmframe import answers, endpoint, loops, replicas, runner
 from llmframe.batch_api import Away, BatchApi
 from llmframe.batch_ledger import Busy, Ledger, Left, Place, Terms
 from llmframe.batch_plan import FileLimits, input_line, key_of
+from llmframe.batch_replies import read_embedding
 from llmframe.batch_rows import Rows, digest_of, load_rows, save_rows
 from llmframe.batch_work import POLL_S, SLOWER, SLOWEST, Keeper, Worker, write_parts
 from llmframe.budget import Bound, Budget
@@ -34,6 +35,7 @@ from llmframe.notices import say, warn
 from llmframe.options import Options, call_options, gather
 from llmframe.outcomes import Outcomes
 from llmframe.pacing import Pacer
+from llmframe.parts import embeddings
 from llmframe.prices import PriceOf, known_prices, read_prices
 from llmframe.progress import Bar
 from llmframe.prompts import Missing, Prompts
@@ -42,6 +44,7 @@ from llmframe.results import STATUSES, Completion, Usage
 from llmframe.runner import Call
 from llmframe.schemas import Labels, Schema, read_schema
 from llmframe.state import State
+from llmframe.texts import text_of
 
 ANSWERS = "answers"  # the checkpoint in a job's directory, where the call names none
 TRIES = 4  # looks of a submission at an endpoint that is away, before it leaves the rest to `wait`
@@ -120,7 +123,7 @@ class Access:
         """Give what a batch costs: half of the price."""
         online = known_prices(terms.model, terms.identity, terms.service_tier)
         if terms.prices is not None:
-            online = read_prices(terms.prices)
+            online = read_prices(({"output": 0.0} if terms.api == "embeddings" else {}) | terms.prices)
         return None if online is None else _halved(online)
 
 
@@ -202,12 +205,15 @@ def _plan_job(place: Place, prompts: Prompts, options: Options, call: Call, keep
     numbers = prepared.state.outcomes.pending()
     asked = np.zeros(len(plan.keys), np.bool_)
     asked[numbers] = True
-    parts, too_large = write_parts(place, _lines(prompts, options, call, numbers), 0, FileLimits())
+    gone: dict[int, str] = {}
+    parts, too_large = write_parts(place, _lines(prompts, options, call, numbers, gone), 0, FileLimits())
     if too_large:
         raise ConfigurationError(
             f"{too_large:,} requests are larger than a batch's file may be ({FileLimits().bytes:,} bytes); "
             "leave them out, by where="
         )
+    asked[list(gone)] = False
+    plan = replace(plan, unreadable={**plan.unreadable, **gone})
     left_out = save_rows(place, prompts.frame, plan, asked)
     assert options.model is not None
     terms = Terms(
@@ -227,7 +233,7 @@ def _plan_job(place: Place, prompts: Prompts, options: Options, call: Call, keep
         prices=None if options.prices is None else dict(options.prices),
         schema=_kept_schema(options.schema, call.schema),
         keep_files=keep_files,
-        requests=len(numbers),
+        requests=int(asked.sum()),
     )
     place.save(Ledger(terms=terms, parts=tuple(parts)))
     if left_out:
@@ -256,14 +262,18 @@ def _kept_schema(given: Any, schema: Schema | None) -> dict[str, Any] | None:
     return {**kept, "kind": "json", "value": dict(given)}
 
 
-def _lines(prompts: Prompts, options: Options, call: Call, numbers: Any) -> Iterator[bytes]:
-    """Make the line of each request, one after another; stop where the worst case of them all passes the budget."""
+def _lines(prompts: Prompts, options: Options, call: Call, numbers: Any, gone: dict[int, str]) -> Iterator[bytes]:
+    """Make the line of each request, one after another; stop where the worst case of them all passes the budget.
+
+    `gone` is given those that can be made no more, and why.
+    """
     budget = None if call.budget is None else _half_budget(call.budget)
     path = f"/v1{PATHS[options.api]}"
     for number, messages in zip(numbers.tolist(), prompts.render(call.plan.first[numbers]), strict=True):
         if isinstance(messages, Missing):  # a file that could be read for the key is gone, or another one
-            raise ConfigurationError(f"{messages.reason}; nothing was submitted")
-        body = call.requests.body(messages)
+            gone[number] = messages.reason
+            continue
+        body = call.requests.embedding_body([text_of(messages)]) if options.embeds else call.requests.body(messages)
         if budget is not None:
             most = budget.bound(body)
             if not budget.fits(most):
@@ -535,25 +545,33 @@ class BatchJob:
         schema, rows, terms = self._read(), self._kept, self._ledger.terms
         plan = rows.plan
         outcomes = Outcomes(len(plan.keys))
-        for number in np.flatnonzero(rows.asked).tolist():
-            outcomes.put(number, Completion(status="pending", error="its batch has not ended"))
         for number, reason in plan.unreadable.items():
             outcomes.put(number, Completion(status="failed", error=reason))
-        left = self._left()
-        numbers = (
-            {plan.keys[number].tobytes(): number for number in np.flatnonzero(rows.asked).tolist()} if left else {}
-        )
-        for each in left:
-            attempts = int(each.status != "pending")
-            number = numbers[each.key]
-            outcomes.put(number, Completion(status=each.status, error=each.error, attempts=attempts))
         checkpoint = Checkpoint.look(terms.checkpoint)
-        for number, completion in () if checkpoint is None else checkpoint.find(plan.keys):
-            kept = runner.reread(completion, schema)
-            if kept is not None:
-                outcomes.put(number, replace(kept, source="request") if rows.asked[number] else kept)
+        if checkpoint is not None and terms.api == "embeddings":
+            _recall_embeddings(outcomes, checkpoint, rows)
+        elif checkpoint is not None:
+            for number, completion in checkpoint.find(plan.keys):
+                kept = runner.reread(completion, schema)
+                if kept is not None:
+                    outcomes.put(number, replace(kept, source="request") if rows.asked[number] else kept)
+        pending = set(outcomes.pending().tolist())
+        left = {each.key: each for each in self._left()} if pending else {}
+        for number in pending:
+            each = left.get(plan.keys[number].tobytes())
+            if each is not None:
+                attempts = int(each.status != "pending")
+                outcomes.put(number, Completion(status=each.status, error=each.error, attempts=attempts))
+            elif rows.asked[number]:
+                outcomes.put(number, Completion(status="pending", error="its batch has not ended"))
         several: dict[str, Any] = {"n": 2} if terms.several else {}
-        options = call_options(model=terms.model, output=terms.output, details=terms.details, **several)
+        options = call_options(
+            model=terms.model,
+            output=terms.output,
+            details=terms.details,
+            api=terms.api,  # type: ignore[arg-type]
+            **several,
+        )
         return State(rows.frame if source is None else source, options, schema, plan, outcomes)
 
     def _left(self) -> list[Left]:
@@ -624,6 +642,8 @@ class BatchJob:
         origin = Origin(terms.identity, terms.api, terms.model, terms.template, terms.parameters)
 
         def read(payload: Any, request_id: str | None) -> Completion | None:
+            if terms.api == "embeddings":
+                return read_embedding(payload, price, request_id)
             return answers.read_reply(
                 payload,
                 api=terms.api,  # type: ignore[arg-type]
@@ -770,9 +790,17 @@ class _Going:
         return (time.monotonic() if self.ended is None else self.ended) - self.started
 
 
-async def _look(worker: Worker) -> float:
-    await worker.look()
-    return worker.asked_s
+def _recall_embeddings(outcomes: Outcomes, checkpoint: Checkpoint, rows: Rows) -> None:
+    """Take the vectors that the checkpoint holds, all of one length."""
+    for places, table in checkpoint.tables(rows.plan.keys):
+        read = embeddings(table)
+        if read is None or outcomes.dimensions not in (None, read[1].vectors.shape[1]):
+            continue
+        numbers = places[read[0]]
+        for asked in (True, False):
+            chosen = np.flatnonzero(rows.asked[numbers] == asked)
+            if len(chosen):
+                outcomes.put_embeddings(numbers[chosen], read[1].taken(chosen), "request" if asked else "checkpoint")
 
 
 def _status_of(part: Any) -> str:

@@ -6,18 +6,22 @@ that it never executed is not the row's fault.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import orjson
 
 from llmframe import failures
 from llmframe.batch_ledger import Left
 from llmframe.messages import well_formed
-from llmframe.replies import item
-from llmframe.requests import KEY_BYTES
+from llmframe.prices import PriceOf
+from llmframe.replies import item, read_usage
+from llmframe.requests import KEY_BYTES, packed
 from llmframe.results import Completion
+from llmframe.vectors import Embeddings, read_vectors
 
 QUOTED = 300  # characters of the provider's own words
 NOT_EXECUTED = ("batch_expired", "batch_cancelled", "batch_canceled")
@@ -69,6 +73,40 @@ def read_line(line: bytes, read: Read) -> Answered | Left | None:
             return Answered(key, completion)
         return Left(key, "failed", "the reply holds no answer (no choices)", again=True)
     return Left(key, failure.status, failure.message, again=failure.verdict != "row")
+
+
+def read_embedding(payload: Any, price: PriceOf | None, request_id: str | None) -> Completion | None:
+    """Read a reply with the vector of one text; None where there is none."""
+    vectors = read_vectors(payload, 1)
+    if vectors is None:
+        return None
+    usage, model = read_usage(payload), item(payload, "model")
+    return Completion(
+        status="ok",
+        parsed=vectors,
+        prompt_tokens=usage.prompt_tokens if usage else None,
+        cost_usd=price(usage) if price and usage else None,
+        attempts=1,
+        model=well_formed(model) if isinstance(model, str) else None,
+        source="request",
+        request_id=None if request_id is None else well_formed(request_id),
+    )
+
+
+def stacked(found: Sequence[Answered]) -> tuple[npt.NDArray[np.void], Embeddings]:
+    """Give answers with vectors of one length as the checkpoint takes them."""
+    answers = [each.completion for each in found]
+    tokens = [-1 if answer.prompt_tokens is None else answer.prompt_tokens for answer in answers]
+    costs = [np.nan if answer.cost_usd is None else answer.cost_usd for answer in answers]
+    return packed(each.key for each in found), Embeddings(
+        vectors=np.concatenate([answer.parsed for answer in answers]),
+        prompt_tokens=np.array(tokens, np.int64),
+        cost_usd=np.array(costs, np.float64),
+        latency_s=np.full(len(answers), np.nan),
+        attempts=np.ones(len(answers), np.int64),
+        models=[answer.model for answer in answers],
+        request_ids=[answer.request_id for answer in answers],
+    )
 
 
 def _not_executed(key: bytes, error: Any) -> Left:

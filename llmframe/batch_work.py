@@ -13,11 +13,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+import numpy as np
+
 from llmframe import loops
 from llmframe.batch_api import Away, BatchApi, Problem, Refused, Seen
 from llmframe.batch_ledger import WAITING, Ledger, Left, Part, Place
 from llmframe.batch_plan import FileLimits, LineSize, key_of, next_to_go, place, said_limit
-from llmframe.batch_replies import Answered, Read, read_line
+from llmframe.batch_replies import Answered, Read, read_line, stacked
 from llmframe.checkpoint import Checkpoint
 from llmframe.requests import PATHS, Api
 from llmframe.results import PAID, Completion, Usage
@@ -30,6 +32,7 @@ SLOWER = 1.5  # times the last, with each look that saw nothing new
 SETTLE = 3.0  # times the first, after which a batch that is in no list was not created
 SPLIT_AFTER = 2  # refusals for enqueued tokens of a part that is alone: the next time it is two
 ROUNDS = 4  # times that a file is sent again without the lines its validation named
+VECTORS = 512  # put into the checkpoint together
 TOKEN_LIMIT = "token_limit"  # in the code of such a refusal
 
 
@@ -410,7 +413,7 @@ class Totals:
 
 def collect(directory: Place, part: Part, checkpoint: Checkpoint, read: Read) -> Totals:
     """Read what a batch gave, whatever the order of its lines; answers go to the checkpoint, the first of each key."""
-    totals = Totals()
+    totals, intake = Totals(), _Intake(checkpoint)
     missing = {key_of(line) for line in directory.lines(part.input)}
     answered: set[bytes] = set()
     for name in (part.output, part.errors):
@@ -426,10 +429,12 @@ def collect(directory: Place, part: Part, checkpoint: Checkpoint, read: Read) ->
                 totals.left[found.key] = found
                 missing.discard(found.key)
                 continue
-            _take(totals, found, checkpoint)
+            intake.take(found)
+            _count(totals, found.completion)
             answered.add(found.key)
             missing.discard(found.key)
             totals.left.pop(found.key, None)
+    intake.empty()
     for left in totals.left.values():
         if left.status != "pending":
             checkpoint.add(left.key, Completion(status=left.status, error=left.error, attempts=1))
@@ -442,11 +447,7 @@ def collect(directory: Place, part: Part, checkpoint: Checkpoint, read: Read) ->
     return totals
 
 
-def _take(totals: Totals, found: Answered, checkpoint: Checkpoint) -> None:
-    answer = found.completion
-    checkpoint.add(found.key, answer)
-    if checkpoint.due(time.monotonic()):
-        checkpoint.flush()
+def _count(totals: Totals, answer: Completion) -> None:
     totals.answered += 1
     totals.usage += Usage(
         answer.prompt_tokens or 0,
@@ -456,6 +457,34 @@ def _take(totals: Totals, found: Answered, checkpoint: Checkpoint) -> None:
     )
     if answer.cost_usd is not None:
         totals.cost_usd = (totals.cost_usd or 0.0) + answer.cost_usd
+
+
+class _Intake:
+    """Takes answers to a checkpoint; vectors many at a time, since each would be a part of its own otherwise."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._vectors: list[Answered] = []
+
+    def take(self, found: Answered) -> None:
+        """Take an answer."""
+        vector = found.completion.parsed
+        if not isinstance(vector, np.ndarray):
+            self._checkpoint.add(found.key, found.completion)
+        else:
+            if self._vectors and self._vectors[0].completion.parsed.shape != vector.shape:
+                self.empty()
+            self._vectors.append(found)
+            if len(self._vectors) == VECTORS:
+                self.empty()
+        if self._checkpoint.due(time.monotonic()):
+            self._checkpoint.flush()
+
+    def empty(self) -> None:
+        """Hand on the vectors that wait."""
+        if self._vectors:
+            self._checkpoint.add_embeddings(*stacked(self._vectors))
+            self._vectors = []
 
 
 def _by_line(problems: tuple[Problem, ...]) -> Mapping[int, str]:

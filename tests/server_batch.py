@@ -57,10 +57,11 @@ from tests.server_behaviour import (
 CHUNK = 1_000  # lines done between two looks at anything else
 TICK_S = 0.005
 ENDED = ("completed", "failed", "expired", "cancelled")
-COMPLAINTS: dict[str, Callable[[Mapping[str, Any]], tuple[str, str] | None]] = {
+Complaint = Callable[[Mapping[str, Any]], "tuple[str, str] | None"]
+COMPLAINTS: dict[str, Complaint] = {
     "/v1/chat/completions": chat_complaint,
     "/v1/responses": response_complaint,
-    "/v1/embeddings": embedding_complaint,
+    "/v1/embeddings": lambda request: embedding_complaint(request, Behaviour()),
 }
 
 
@@ -194,14 +195,18 @@ def answer_of(endpoint: str, body: Mapping[str, Any]) -> Answer:
     """Answer a request as the online endpoint would."""
     text = _text_of(body)
     if endpoint.endswith("/embeddings"):
-        return embedding_answer(body)
+        return embedding_answer(body, Behaviour(), directives_in(text), text)
     make = response_answer if endpoint.endswith("/responses") else chat_answer
     return make(body, Behaviour(), directives_in(text), text)
 
 
 def _text_of(body: Mapping[str, Any]) -> str:
     given = body.get("messages") or body.get("input") or ()
-    return given if isinstance(given, str) else last_user_text([one for one in given if isinstance(one, dict)])
+    if isinstance(given, str):
+        return given
+    if given and isinstance(given[0], str):  # texts to embed
+        return str(given[0])
+    return last_user_text([one for one in given if isinstance(one, dict)])
 
 
 def problems(lines: list[bytes], endpoint: str, behaviour: BatchBehaviour) -> list[dict[str, Any]]:

@@ -103,6 +103,26 @@ def test_a_schema_gives_its_typed_columns_also_in_another_process(
     pd.testing.assert_frame_equal(out, complete(server, frame, tmp_path / "other", schema=schema))
 
 
+def test_embeddings_come_by_batch_too_and_embed_finds_them(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    keywords: dict[str, Any] = {"model": "m", "base_url": server.base_url, "progress": False, "details": True}
+    frame.iloc[1, 0] = "[[fail_first=1]] " + frame.iloc[1, 0]
+    job = submit(server, frame, tmp_path, prompt="text", api="embeddings", prices={"input": 2.0}, details=True).wait()
+    assert job.counts == {"ok": 9, "failed": 1}
+    out = reopened(server, tmp_path).resubmit().wait().frame()
+    asked = len(server.log())
+    found = frame.llm.embed("text", checkpoint=tmp_path / "job" / "answers", **keywords)
+    assert len(server.log()) == asked
+    online = frame.llm.embed("text", **keywords)
+    unlike = [f"embedding_{name}" for name in ("source", "latency_s", "request_id", "cost_usd")]
+    for column in ("embedding", "embedding_status", "embedding_error", "embedding_prompt_tokens"):
+        assert out[column].map(repr).tolist() == found[column].map(repr).tolist() == online[column].map(repr).tolist()
+    assert out.drop(columns=unlike).columns.tolist() == online.drop(columns=unlike).columns.tolist()
+    tokens = out["embedding_prompt_tokens"].sum()
+    assert out["embedding_cost_usd"].sum() == pytest.approx(tokens * 1e-6)
+
+
 def test_complete_finds_the_answers_of_a_batch_and_asks_nothing(
     server: BatchServer, frame: pd.DataFrame, tmp_path: Path
 ) -> None:
