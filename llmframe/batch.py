@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import html
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -19,131 +18,37 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llmframe import answers, endpoint, loops, replicas, runner
+from llmframe import answers, loops, runner
+from llmframe.batch_access import Access, checked_poll
 from llmframe.batch_api import Away, BatchApi
-from llmframe.batch_ledger import Busy, Ledger, Left, Place, Terms
-from llmframe.batch_plan import FileLimits, input_line, key_of
+from llmframe.batch_intake import ANSWERS, check_call, plan_job
+from llmframe.batch_ledger import Busy, Ledger, Left, Place
+from llmframe.batch_plan import FileLimits, key_of
 from llmframe.batch_replies import read_embedding
-from llmframe.batch_rows import Rows, digest_of, load_rows, save_rows
-from llmframe.batch_work import POLL_S, SLOWER, SLOWEST, Keeper, Worker, write_parts
-from llmframe.budget import Bound, Budget
+from llmframe.batch_rows import Rows, digest_of, load_rows
+from llmframe.batch_work import POLL_S, Keeper, Worker, slower, write_parts
 from llmframe.checkpoint import Checkpoint, Origin
 from llmframe.endpoint import Endpoint
-from llmframe.errors import BudgetExceeded, ConfigurationError, EndpointError, Interrupted, LLMFrameError
-from llmframe.estimate import BATCH_SHARE
+from llmframe.errors import ConfigurationError, EndpointError, Interrupted, LLMFrameError
 from llmframe.notices import say, warn
 from llmframe.options import Options, call_options, gather
 from llmframe.outcomes import Outcomes
 from llmframe.pacing import Pacer
 from llmframe.parts import embeddings
-from llmframe.prices import PriceOf, known_prices, read_prices
 from llmframe.progress import Bar
-from llmframe.prompts import Missing, Prompts
-from llmframe.requests import PATHS, canonical
+from llmframe.prompts import Prompts
 from llmframe.results import STATUSES, Completion, Usage
-from llmframe.runner import Call
-from llmframe.schemas import Labels, Schema, read_schema
+from llmframe.schemas import Schema
 from llmframe.state import State
-from llmframe.texts import text_of
 
-ANSWERS = "answers"  # the checkpoint in a job's directory, where the call names none
 TRIES = 4  # looks of a submission at an endpoint that is away, before it leaves the rest to `wait`
-
-
-@dataclass(frozen=True, slots=True)
-class Access:
-    """What a process brings to a job and the directory does not keep: the key, the classes, its patience.
-
-    Attributes
-    ----------
-    options : Options
-        With the client, or the pieces of one.
-    schema : object
-        A pydantic model, where the job has one.
-    poll_s : float
-        Seconds between two looks at first.
-    given : bool
-        Whether the caller named the endpoint: else it is the environment's, and has to be the job's.
-    """
-
-    options: Options
-    schema: Any
-    poll_s: float
-    given: bool = True
-
-    @property
-    def extras(self) -> endpoint.Extras:
-        """What the call adds to every request."""
-        return runner.split_extras(self.options.params)[1]
-
-    def target(self, terms: Terms, directory: str) -> Endpoint:
-        """Find the endpoint of a job; the key goes where the caller said and nowhere else.
-
-        Raises
-        ------
-        ConfigurationError
-            No key, or another endpoint than the job's.
-        """
-        options = self.options
-        target = replicas.resolve(client=options.client, base_url=options.base_url, api_key=options.api_key)
-        if target.identity != terms.identity:
-            raise ConfigurationError(
-                f"the job in {directory} is at {terms.identity}, and this call's key is for {target.identity}; "
-                f"pass base_url={terms.identity!r} with its api_key=, or its client="
-            )
-        return target
-
-    def schema_of(self, terms: Terms, directory: str) -> Schema | None:
-        """Find what a job's answers have to fit.
-
-        Raises
-        ------
-        ConfigurationError
-            It is a pydantic model that this process does not know, or another than was submitted.
-        """
-        kept = terms.schema
-        if kept is None:
-            return None
-        given: Any = kept.get("value")
-        if kept["kind"] == "model":
-            given = self.schema if self.schema is not None else _model_named(kept["module"], kept["name"])
-            if given is None:
-                raise ConfigurationError(
-                    f"the job in {directory} was submitted with schema={kept['name']}, a class of {kept['module']} "
-                    f"that is not imported here; pass it: llmframe.BatchJob.open({directory!r}, schema={kept['name']})"
-                )
-        schema = read_schema(given, terms.output)
-        if schema is None or canonical(schema.canonical).decode() != kept["canonical"]:
-            raise ConfigurationError(
-                f"the schema is not the one that the job in {directory} was submitted with; pass that one as schema="
-            )
-        return schema
-
-    def price_of(self, terms: Terms) -> PriceOf | None:
-        """Give what a batch costs: half of the price."""
-        online = known_prices(terms.model, terms.identity, terms.service_tier)
-        if terms.prices is not None:
-            online = read_prices(({"output": 0.0} if terms.api == "embeddings" else {}) | terms.prices)
-        return None if online is None else _halved(online)
-
-
-def _halved(price: PriceOf) -> PriceOf:
-    return lambda usage: BATCH_SHARE * price(usage)
-
-
-def _model_named(module: str, name: str) -> Any:
-    """Find a class among what is imported already: a file in a directory must not say what is to be run."""
-    found: Any = sys.modules.get(module)
-    for each in name.split("."):
-        found = getattr(found, each, None)
-    return found
 
 
 def submit_batch(
     prompts: Prompts, options: Options, job: str | os.PathLike[str], *, keep_files: bool, poll_s: float
 ) -> BatchJob:
     """Give a call to the Batch API; see `LLMFrame.submit_batch`."""
-    _check(options)
+    check_call(options)
     place = Place(job)
     if options.checkpoint is None:
         options = replace(options, checkpoint=os.fspath(place.path / ANSWERS))
@@ -161,134 +66,8 @@ def submit_batch(
             say(f"{job} is this job already; going on with it", quiet=options.progress is False)
             made = BatchJob(place, access)
         else:
-            made = BatchJob(place, access, _plan_job(place, prompts, options, call, keep_files))
+            made = BatchJob(place, access, plan_job(place, prompts, options, call, keep_files))
     return made._submitted()
-
-
-def _check(options: Options) -> None:
-    """Refuse what a batch cannot keep."""
-    if options.history is not None:
-        raise ConfigurationError(
-            "history= goes on from an answer at once, and a batch has none yet; submit the messages as the prompt"
-        )
-    if options.on_error == "raise":
-        raise ConfigurationError(
-            "on_error='raise' stops a run at its first failure, and a batch runs elsewhere; leave it"
-        )
-    if options.refresh:
-        raise ConfigurationError(
-            "refresh=True is not for a batch: pass a checkpoint= of its own, which holds no answers"
-        )
-    if isinstance(options.base_url, list | tuple) and len(options.base_url) > 1:
-        raise ConfigurationError("base_url= names several servers, and a batch is at one; name that one")
-    if options.model == runner.LOCAL and options.client is None:
-        raise ConfigurationError('model="local" has no Batch API, and costs nothing; use df.llm.complete')
-
-
-def checked_poll(poll_s: Any) -> float:
-    """Refuse what is no time between two looks."""
-    if isinstance(poll_s, bool) or not isinstance(poll_s, int | float) or not 0 < poll_s < float("inf"):
-        raise ConfigurationError(f"poll_s={poll_s!r} has to be a number of seconds above 0")
-    return float(poll_s)
-
-
-def _plan_job(place: Place, prompts: Prompts, options: Options, call: Call, keep_files: bool) -> Rows:
-    """Write what is to be sent and the ledger of it; nothing is sent."""
-    plan = call.plan
-    checkpoint = runner.open_checkpoint(prompts, options, call)
-    assert checkpoint is not None
-    try:
-        prepared = runner.ready(prompts, options, call, checkpoint)
-        runner.tell(prepared, runner.recall(prepared))
-    finally:
-        checkpoint.close(tidy=False)
-    numbers = prepared.state.outcomes.pending()
-    asked = np.zeros(len(plan.keys), np.bool_)
-    asked[numbers] = True
-    gone: dict[int, str] = {}
-    parts, too_large = write_parts(place, _lines(prompts, options, call, numbers, gone), 0, FileLimits())
-    if too_large:
-        raise ConfigurationError(
-            f"{too_large:,} requests are larger than a batch's file may be ({FileLimits().bytes:,} bytes); "
-            "leave them out, by where="
-        )
-    asked[list(gone)] = False
-    plan = replace(plan, unreadable={**plan.unreadable, **gone})
-    left_out = save_rows(place, prompts.frame, plan, asked)
-    assert options.model is not None
-    terms = Terms(
-        id=os.urandom(8).hex(),
-        created_s=time.time(),
-        digest=digest_of(plan),
-        identity=call.endpoint.identity,
-        api=options.api,
-        model=options.model,
-        template=prompts.description,
-        parameters=call.requests.parameters,
-        service_tier=call.params.get("service_tier") if isinstance(call.params.get("service_tier"), str) else None,
-        checkpoint=_absolute(options.checkpoint),
-        output=options.output,
-        details=options.details,
-        several=options.several,
-        prices=None if options.prices is None else dict(options.prices),
-        schema=_kept_schema(options.schema, call.schema),
-        keep_files=keep_files,
-        requests=int(asked.sum()),
-    )
-    place.save(Ledger(terms=terms, parts=tuple(parts)))
-    if left_out:
-        say(
-            f"the column(s) {', '.join(left_out)} cannot be kept in {place.path}: in another process pass the frame, "
-            "as in job.frame(df)",
-            quiet=options.progress is False,
-        )
-    return Rows(prompts.frame, plan, asked)
-
-
-def _absolute(checkpoint: Any) -> str:
-    where: str = os.fspath(checkpoint)
-    return where if "://" in where else os.path.abspath(os.path.expanduser(where))
-
-
-def _kept_schema(given: Any, schema: Schema | None) -> dict[str, Any] | None:
-    """Note a schema so that another process finds it: labels and JSON as they are, a class by its name."""
-    if schema is None:
-        return None
-    kept: dict[str, Any] = {"canonical": canonical(schema.canonical).decode()}
-    if isinstance(schema, Labels):
-        return {**kept, "kind": "labels", "value": list(schema.values)}
-    if isinstance(given, type):
-        return {**kept, "kind": "model", "module": given.__module__, "name": given.__qualname__}
-    return {**kept, "kind": "json", "value": dict(given)}
-
-
-def _lines(prompts: Prompts, options: Options, call: Call, numbers: Any, gone: dict[int, str]) -> Iterator[bytes]:
-    """Make the line of each request, one after another; stop where the worst case of them all passes the budget.
-
-    `gone` is given those that can be made no more, and why.
-    """
-    budget = None if call.budget is None else _half_budget(call.budget)
-    path = f"/v1{PATHS[options.api]}"
-    for number, messages in zip(numbers.tolist(), prompts.render(call.plan.first[numbers]), strict=True):
-        if isinstance(messages, Missing):  # a file that could be read for the key is gone, or another one
-            gone[number] = messages.reason
-            continue
-        body = call.requests.embedding_body([text_of(messages)]) if options.embeds else call.requests.body(messages)
-        if budget is not None:
-            most = budget.bound(body)
-            if not budget.fits(most):
-                raise BudgetExceeded(
-                    f"the worst case of a batch of {len(numbers):,} requests passes the budget; nothing was sent: "
-                    f"{budget.refusal(most)}"
-                )
-            budget.set_aside(most)
-        yield input_line(call.plan.keys[number].tobytes(), path, body)
-
-
-def _half_budget(budget: Budget) -> Budget:
-    bound = budget.bound
-    price = None if bound.price is None else _halved(bound.price)
-    return Budget(bound=Bound(bound.completion_tokens, price), max_usd=budget.max_usd, max_tokens=budget.max_tokens)
 
 
 class BatchJob:
@@ -619,7 +398,7 @@ class BatchJob:
                 told = True
             if self._ledger.over:
                 return
-            slow = 1.0 if self._ledger != before else min(SLOWEST, slow * SLOWER)
+            slow = slower(slow, news=self._ledger != before)
             await asyncio.sleep(max(asked_s, self._access.poll_s * slow))
 
     @asynccontextmanager

@@ -36,6 +36,17 @@ VECTORS = 512  # put into the checkpoint together
 TOKEN_LIMIT = "token_limit"  # in the code of such a refusal
 
 
+def slower(slow: float, *, news: bool) -> float:
+    """Give how much longer than at first to wait for the next look: at once as at first where something has happened.
+
+    Examples
+    --------
+    >>> slower(1.0, news=False), slower(25.0, news=False), slower(25.0, news=True)
+    (1.5, 30.0, 1.0)
+    """
+    return 1.0 if news else min(SLOWEST, slow * SLOWER)
+
+
 @dataclass(slots=True)
 class Keeper:
     """Where answers go.
@@ -374,7 +385,8 @@ class Worker:
         self._put(replace(part, stage="closed"))
 
     async def _sweep(self) -> None:
-        """Delete what was uploaded and then lost sight of: by a crash, or by a split."""
+        """Delete what was uploaded or written and then lost sight of: by a crash, or by a split."""
+        self.directory.delete(*(part.input for part in self.ledger.parts if part.taken or not part.left))
         if not self.ledger.terms.keep_files:
             start = f"llmframe-{self.ledger.terms.id}-"
             for file_id, _, _ in await self.api.find_files(start, self.ledger.terms.created_s):

@@ -293,6 +293,7 @@ def test_files_wait_for_their_turn_where_tokens_are_limited(
     assert job.counts == {"ok": 10}
     assert len(job.parts) > 1
     assert paid_for(server, frame) == [1] * 9
+    assert not list((tmp_path / "job").glob("input-*"))
 
 
 def test_a_limit_that_is_not_named_is_found_by_halving(
@@ -473,6 +474,30 @@ def test_polling_waits_as_long_as_the_endpoint_asks(server: BatchServer, frame: 
     job.wait()
     looks = [line for line in server.log()[before:] if line.startswith("GET /v1/batches/")]
     assert len(looks) <= 2  # without it there would be more than ten
+
+
+def test_looks_become_rare_while_nothing_happens(server: BatchServer, frame: pd.DataFrame, tmp_path: Path) -> None:
+    server.change(stop_after=2, window_s=2.0)
+    job = submit(server, frame, tmp_path)
+    before = len(server.log())
+    job.wait()
+    looks = [line for line in server.log()[before:] if line.startswith("GET /v1/batches/")]
+    assert len(looks) <= 20  # 100 at the pace of the first
+
+
+def test_two_processes_may_wait_for_one_job(server: BatchServer, frame: pd.DataFrame, tmp_path: Path) -> None:
+    server.change(lines_per_s=10)
+    job = submit(server, frame, tmp_path)
+    code = (
+        "import sys, llmframe\n"
+        f"job = llmframe.BatchJob.open(sys.argv[1], base_url={server.base_url!r}, poll_s=0.02)\n"
+        "print(job.wait().counts, flush=True)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, job.directory], stdout=subprocess.PIPE, text=True)
+    assert job.wait().counts == {"ok": 10}
+    said, _ = process.communicate(timeout=60)
+    assert said == "{'ok': 10}\n"
+    assert paid_for(server, frame) == [1] * 9
 
 
 def test_waiting_survives_an_endpoint_that_is_away(server: BatchServer, frame: pd.DataFrame, tmp_path: Path) -> None:

@@ -26,7 +26,6 @@ from typing import Any, Literal
 
 import pandas as pd
 
-import llmframe
 from tests.server_batch import BatchServer, Trap, content_key
 
 MODEL = "m"
@@ -218,7 +217,6 @@ def main() -> int:
     parser.add_argument("--kills", type=int, help="kill so many times instead")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
-    print(f"llmframe {getattr(llmframe, '__version__', '')}, seed {chosen.seed}", flush=True)
     return large(chosen.rows) if chosen.kills is None else many_kills(chosen.kills, chosen.seed)
 
 

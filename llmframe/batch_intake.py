@@ -1,0 +1,138 @@
+"""How a call becomes a Batch job: its rows and the lines of its files are written, and then the ledger of them.
+
+Nothing is sent here. Until the ledger is there, there is no job; from then on there is all of it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from llmframe import runner
+from llmframe.batch_access import halved, kept_schema
+from llmframe.batch_ledger import Ledger, Place, Terms
+from llmframe.batch_plan import FileLimits, input_line
+from llmframe.batch_rows import Rows, digest_of, save_rows
+from llmframe.batch_work import write_parts
+from llmframe.budget import Bound, Budget
+from llmframe.errors import BudgetExceeded, ConfigurationError
+from llmframe.notices import say
+from llmframe.options import Options
+from llmframe.prompts import Missing, Prompts
+from llmframe.requests import PATHS
+from llmframe.runner import Call
+from llmframe.texts import text_of
+
+ANSWERS = "answers"  # the checkpoint in a job's directory, where the call names none
+
+
+def check_call(options: Options) -> None:
+    """Refuse what a batch cannot keep."""
+    if options.history is not None:
+        raise ConfigurationError(
+            "history= goes on from an answer at once, and a batch has none yet; submit the messages as the prompt"
+        )
+    if options.on_error == "raise":
+        raise ConfigurationError(
+            "on_error='raise' stops a run at its first failure, and a batch runs elsewhere; leave it"
+        )
+    if options.refresh:
+        raise ConfigurationError(
+            "refresh=True is not for a batch: pass a checkpoint= of its own, which holds no answers"
+        )
+    if isinstance(options.base_url, list | tuple) and len(options.base_url) > 1:
+        raise ConfigurationError("base_url= names several servers, and a batch is at one; name that one")
+    if options.model == runner.LOCAL and options.client is None:
+        raise ConfigurationError('model="local" has no Batch API, and costs nothing; use df.llm.complete')
+
+
+def plan_job(place: Place, prompts: Prompts, options: Options, call: Call, keep_files: bool) -> Rows:
+    """Write what is to be sent and the ledger of it; nothing is sent."""
+    plan = call.plan
+    checkpoint = runner.open_checkpoint(prompts, options, call)
+    assert checkpoint is not None
+    try:
+        prepared = runner.ready(prompts, options, call, checkpoint)
+        runner.tell(prepared, runner.recall(prepared))
+    finally:
+        checkpoint.close(tidy=False)
+    numbers = prepared.state.outcomes.pending()
+    asked = np.zeros(len(plan.keys), np.bool_)
+    asked[numbers] = True
+    gone: dict[int, str] = {}
+    parts, too_large = write_parts(place, _lines(prompts, options, call, numbers, gone), 0, FileLimits())
+    if too_large:
+        raise ConfigurationError(
+            f"{too_large:,} requests are larger than a batch's file may be ({FileLimits().bytes:,} bytes); "
+            "leave them out, by where="
+        )
+    asked[list(gone)] = False
+    plan = replace(plan, unreadable={**plan.unreadable, **gone})
+    left_out = save_rows(place, prompts.frame, plan, asked)
+    assert options.model is not None
+    terms = Terms(
+        id=os.urandom(8).hex(),
+        created_s=time.time(),
+        digest=digest_of(plan),
+        identity=call.endpoint.identity,
+        api=options.api,
+        model=options.model,
+        template=prompts.description,
+        parameters=call.requests.parameters,
+        service_tier=call.params.get("service_tier") if isinstance(call.params.get("service_tier"), str) else None,
+        checkpoint=_absolute(options.checkpoint),
+        output=options.output,
+        details=options.details,
+        several=options.several,
+        prices=None if options.prices is None else dict(options.prices),
+        schema=kept_schema(options.schema, call.schema),
+        keep_files=keep_files,
+        requests=int(asked.sum()),
+    )
+    place.save(Ledger(terms=terms, parts=tuple(parts)))
+    if left_out:
+        say(
+            f"the column(s) {', '.join(left_out)} cannot be kept in {place.path}: in another process pass the frame, "
+            "as in job.frame(df)",
+            quiet=options.progress is False,
+        )
+    return Rows(prompts.frame, plan, asked)
+
+
+def _lines(prompts: Prompts, options: Options, call: Call, numbers: Any, gone: dict[int, str]) -> Iterator[bytes]:
+    """Make the line of each request, one after another; stop where the worst case of them all passes the budget.
+
+    `gone` is given those that can be made no more, and why.
+    """
+    budget = None if call.budget is None else _half_budget(call.budget)
+    path = f"/v1{PATHS[options.api]}"
+    for number, messages in zip(numbers.tolist(), prompts.render(call.plan.first[numbers]), strict=True):
+        if isinstance(messages, Missing):  # a file that could be read for the key is gone, or another one
+            gone[number] = messages.reason
+            continue
+        body = call.requests.embedding_body([text_of(messages)]) if options.embeds else call.requests.body(messages)
+        if budget is not None:
+            most = budget.bound(body)
+            if not budget.fits(most):
+                raise BudgetExceeded(
+                    f"the worst case of a batch of {len(numbers):,} requests passes the budget; nothing was sent: "
+                    f"{budget.refusal(most)}"
+                )
+            budget.set_aside(most)
+        yield input_line(call.plan.keys[number].tobytes(), path, body)
+
+
+def _half_budget(budget: Budget) -> Budget:
+    bound = budget.bound
+    price = None if bound.price is None else halved(bound.price)
+    return Budget(bound=Bound(bound.completion_tokens, price), max_usd=budget.max_usd, max_tokens=budget.max_tokens)
+
+
+def _absolute(checkpoint: Any) -> str:
+    where: str = os.fspath(checkpoint)
+    return where if "://" in where else os.path.abspath(os.path.expanduser(where))
