@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+import llmframe  # noqa: F401  # df.llm
 from tests.server_batch import BatchServer, Trap, content_key
 
 MODEL = "m"
