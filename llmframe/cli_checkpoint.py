@@ -57,7 +57,7 @@ def shown(answers: pd.DataFrame) -> str:
     """
     counts = answers["status"].value_counts()
     lines = [f"{len(answers):,} requests: " + (", ".join(f"{n:,} {name}" for name, n in counts.items() if n) or "none")]
-    for asked, group in answers.groupby(ASKED_WITH, dropna=False, sort=False):
+    for asked, group in answers.groupby(ASKED_WITH, dropna=False, sort=False, observed=True):
         endpoint, model, template, parameters = (str(each) for each in asked)
         cost = group["cost_usd"].sum(min_count=1)
         tokens = f"{group['prompt_tokens'].sum():,} prompt and {group['completion_tokens'].sum():,} completion tokens"
