@@ -28,7 +28,7 @@ from llmframe.vectors import Embeddings, Matrix, read_vectors, shared_out
 MOST_INPUTS = 2_048  # of one request, by OpenAI's reference
 MOST_TOKENS = 300_000  # of one request, the same
 USUAL_INPUTS = 512  # more of them make no server faster, and an answer late
-USUAL_BYTES = 1 << 20  # of a reply, the same; and what is in flight has to be held
+USUAL_BYTES = 3 << 18  # of a reply, the same; and what is in flight has to be held
 NUMBER_BYTES = 16 / 3  # of one number in base64
 LEAST_INPUTS = 32  # below it a request costs more than its texts
 SPREAD = 16  # requests that a small frame is spread over, to be worked on side by side
