@@ -37,6 +37,7 @@ from llmframe.pacing import Pacer
 from llmframe.parts import embeddings
 from llmframe.progress import Bar
 from llmframe.prompts import Prompts
+from llmframe.requests import identity
 from llmframe.results import STATUSES, Completion, Usage
 from llmframe.schemas import Schema
 from llmframe.state import State
@@ -468,7 +469,10 @@ class BatchJob:
             error.frame = None
         running = any(part.stage in ("running", "creating") for part in self._ledger.parts)
         where = "the job goes on at the provider" if running else "the job is kept"
-        way = f"llmframe.BatchJob.open({self.directory!r}).wait() comes back to it"
+        here = identity(os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1")
+        there = self._ledger.terms.identity
+        endpoint = "" if there == here else f", base_url={there!r}"
+        way = f"llmframe.BatchJob.open({self.directory!r}{endpoint}).wait() comes back to it"
         error.args = (f"{error or 'stopped'} ({where}; {way})",)
         return error
 

@@ -70,6 +70,8 @@ class Access:
         """
         kept = terms.schema
         if kept is None:
+            if self.schema is not None:
+                raise ConfigurationError(f"the job in {directory} was submitted without a schema; leave schema= out")
             return None
         given: Any = kept.get("value")
         if kept["kind"] == "model":

@@ -5,6 +5,7 @@ Nothing is sent here. Until the ledger is there, there is no job; from then on t
 
 from __future__ import annotations
 
+import difflib
 import os
 import time
 from collections.abc import Iterator
@@ -28,11 +29,18 @@ from llmframe.requests import PATHS
 from llmframe.runner import Call
 from llmframe.texts import text_of
 
+OWN = ("job", "keep_files", "poll_s")  # the keywords of a submission alone
 ANSWERS = "answers"  # the checkpoint in a job's directory, where the call names none
 
 
 def check_call(options: Options) -> None:
     """Refuse what a batch cannot keep."""
+    for name in options.params:
+        near = difflib.get_close_matches(name, OWN, n=1, cutoff=0.8)
+        if near:
+            raise ConfigurationError(
+                f"unknown keyword {name!r}; did you mean {near[0]!r}? (extra_body= sends it all the same)"
+            )
     if options.history is not None:
         raise ConfigurationError(
             "history= goes on from an answer at once, and a batch has none yet; submit the messages as the prompt"
@@ -94,7 +102,7 @@ def plan_job(place: Place, prompts: Prompts, options: Options, call: Call, keep_
         keep_files=keep_files,
         requests=int(asked.sum()),
     )
-    place.save(Ledger(terms=terms, parts=tuple(parts)))
+    place.save(Ledger(terms=terms, parts=tuple(parts), swept=not parts))
     if left_out:
         say(
             f"the column(s) {', '.join(left_out)} cannot be kept in {place.path}: in another process pass the frame, "

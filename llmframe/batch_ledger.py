@@ -281,6 +281,8 @@ class Place:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not isinstance(path, str | os.PathLike):
+            raise ConfigurationError(f"job={path!r} is no directory; pass a path, as in job='runs/reviews-batch'")
         where = os.fspath(path)
         if "://" in where:
             raise ConfigurationError(f"job={where!r} has to be a local directory; checkpoint= may be a URL")

@@ -18,12 +18,20 @@ ROOT = Path(__file__).parent.parent
 WITHOUT_WIDGETS = "--InteractiveShellApp.exec_lines=import sys; sys.modules['ipywidgets'] = None"
 CELL_S = 180  # what a cell may take
 BESIDE = ("data", "tests")  # what a notebook finds beside its directory, as in a clone
+LEFT_OUT = (
+    "__pycache__",
+    ".*",
+    "test_*",
+    "conftest.py",
+    "attacks",
+    "bench",
+)  # of these: they hold what looks like keys
 
 
 def execute(notebook: nbformat.NotebookNode, directory: Path, *, widgets: bool = True) -> None:
     """Run a notebook from top to bottom in an empty directory, so that nothing of an earlier run answers for it."""
     for name in BESIDE:
-        shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns(*LEFT_OUT))
     place = directory / "notebooks"
     place.mkdir()
     NotebookClient(

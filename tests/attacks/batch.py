@@ -96,7 +96,7 @@ def _watch(job: str, marks: Any, kill_at: int | None) -> None:
 def process_context() -> Any:
     """Give a way to start jobs as processes of their own, which cost no import each."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["llmframe", "tests.attacks.batch"])
+    context.set_forkserver_preload(["llmframe", "tests.server_batch"])
     return context
 
 
