@@ -601,8 +601,9 @@ def _stopped(error: Any, state: State) -> Any:
     if state.options.checkpoint is not None and state.unsaved is None:
         way = f"the same call goes on from {state.options.checkpoint}"
     else:
-        output = "" if state.options.output == "response" else f", output={state.options.output!r}"
-        way = f"go on with llmframe.last_run().frame.llm.complete(..., where='missing'{output})"
+        verb, usual = ("embed", "embedding") if state.options.embeds else ("complete", "response")
+        output = "" if state.options.output == usual else f", output={state.options.output!r}"
+        way = f"go on with llmframe.last_run().frame.llm.{verb}(..., where='missing'{output})"
     words = str(error) or "cancelled"
     if state.unsaved is not None and state.unsaved not in words:
         words = f"{words}; {state.unsaved}"

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from llmframe.errors import TemplateError
-from llmframe.messages import Messages, user
+from llmframe.messages import Messages, kind, user
 from llmframe.prompts import CHUNK, Missing, Na, Prompt, Prompts, Values
 
 
@@ -32,6 +32,11 @@ class Texts(Prompts):
     """
 
     def __init__(self, frame: pd.DataFrame, text: Prompt, *, na: Na = "skip") -> None:
+        if isinstance(text, pd.Series | list):
+            raise TemplateError(
+                f"the text to embed is {kind(text)}; it has to be a column's name, a template or a function (for a "
+                "column at hand there is series.llm.embed())"
+            )
         super().__init__(frame, text, na=na)
         self._column: Hashable | None = text if self._is_column(text) else None  # type: ignore[assignment]
 

@@ -191,4 +191,8 @@ def similarity(a: pd.Series[Any], b: Any) -> pd.Series[Any]:
 
 
 def _is_there(value: Any) -> bool:
-    return isinstance(value, np.ndarray | list | tuple)
+    if isinstance(value, np.ndarray | list | tuple):
+        return True
+    if pd.api.types.is_scalar(value) and pd.isna(value):
+        return False
+    raise ConfigurationError(f"a cell to compare is {kind(value)}; both columns have to hold embeddings")

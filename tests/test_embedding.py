@@ -268,6 +268,16 @@ def test_faults_by_chance_cost_no_row_and_no_text_is_paid_for_twice(server: Simu
     assert max(paid(server).values()) == 1
 
 
+def test_a_run_that_is_stopped_says_how_to_go_on(server: SimulatedServer, embed: Embed) -> None:
+    server.reset(status_all=401)
+    with pytest.raises(EndpointError, match=r"last_run\(\)\.frame\.llm\.embed\(\.\.\., where='missing'\)"):
+        embed(rows(3))
+    server.reset()
+    out = embed(llmframe.last_run().frame, where="missing")
+    assert is_right(out)
+    assert out["embedding_status"].eq("ok").all()
+
+
 def test_on_error_raise_stops_with_the_row(embed: Embed) -> None:
     frame = rows(64)
     frame.loc[40, "text"] = "[[status=400]]"
@@ -456,7 +466,8 @@ def test_the_docstring_and_the_signature_tell_of_the_same_keywords() -> None:
         ({"dimensions": 0}, ConfigurationError, "whole number of at least 1"),
         ({"input": "a"}, ConfigurationError, "input= is made from the prompt"),
         ({"text": "txet"}, TemplateError, "did you mean 'text'"),
-        ({"text": [{"role": "user", "content": "{text}"}] * 2}, TemplateError, "message array"),
+        ({"text": [{"role": "user", "content": "{text}"}]}, TemplateError, "the text to embed is of type list"),
+        ({"text": rows(3)["text"]}, TemplateError, r"there is series\.llm\.embed\(\)"),
         ({"output": "text"}, ConfigurationError, "the frame has a column 'text' already"),
     ],
 )
@@ -560,6 +571,7 @@ def test_similarity_goes_by_the_frames_own_index(embed: Embed) -> None:
         (vectors([1]), vectors([1, 2]), "of one model"),
         (vectors([1]), "text", "is a string"),
         (pd.Series([["x"]]), vectors([1]), "cannot be compared"),
+        (pd.Series(["text"]), vectors([1]), r"a cell to compare is a string \('text'\)"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(a: Any, b: Any, words: str) -> None:
