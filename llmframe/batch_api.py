@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 TRIES = 3  # of what can be asked twice without harm, before the endpoint counts as away
 CHUNK_BYTES = 1 << 18  # of a file that is fetched
-CLOCKS_S = 3_600.0  # how far the provider's clock may be from ours, when what we made is looked for
+CLOCKS_S = 86_400.0  # how far the provider's clock may be from ours, when what we made is looked for
 ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
 
 
@@ -142,9 +142,7 @@ class BatchApi:
         """Find input files whose names start so, made since then: id, name and bytes of each."""
         found = []
         async for file in self._pages(lambda: self._client.files.list(purpose="batch", order="desc")):
-            if file.created_at < since_s - CLOCKS_S:
-                break
-            if (file.filename or "").startswith(start):
+            if file.created_at >= since_s - CLOCKS_S and (file.filename or "").startswith(start):
                 found.append((str(file.id), str(file.filename), int(file.bytes or 0)))
         return found
 
@@ -193,11 +191,11 @@ class BatchApi:
         found = []
         async for batch in self._pages(lambda: self._client.batches.list(limit=100)):
             if batch.created_at < since_s - CLOCKS_S:
-                break
+                continue  # and not the end: not every server lists the newest first
             metadata = batch.metadata or {}
             if all(metadata.get(name) == value for name, value in tag.items()):
-                found.append(_seen(batch))
-        return found[::-1]
+                found.append(batch)
+        return [_seen(batch) for batch in sorted(found, key=lambda batch: int(batch.created_at))]
 
     async def look(self, batch_id: str) -> Seen:
         """Look at a batch."""

@@ -314,6 +314,54 @@ def test_a_budget_that_the_worst_case_passes_stops_the_batch_before_anything_is_
     assert submit(server, frame, tmp_path, max_cost=1.0, prices=PRICES, max_tokens=100).wait().counts == {"ok": 10}
 
 
+def test_a_cancelled_job_sends_what_waited_no_more_until_it_is_resubmitted(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    server.change(enqueued_tokens=150, stop_after=0)
+    job = submit(server, frame, tmp_path)
+    while "in_progress" not in job.parts["status"].tolist():
+        job.refresh()
+    batches = len(server.batches())
+    out = job.cancel().wait().frame()
+    assert set(out["response_status"]) == {"pending"}
+    assert "not asked: cancelled" in out["response_error"].tolist()
+    assert len(server.batches()) == batches
+    server.change(enqueued_tokens=None, stop_after=None)
+    assert job.resubmit().wait().counts == {"ok": 10}
+    assert paid_for(server, frame) == [1] * 9
+
+
+def test_an_output_file_that_is_gone_leaves_its_rows_to_be_asked_again(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    with openai.OpenAI(base_url=server.base_url, api_key="any") as client:
+        server.change(validate_s=0.3)
+        lost = submit(server, frame, tmp_path)
+        while not lost.ended and server.batches()[0]["status"] != "completed":
+            pass
+        client.files.delete(server.batches()[0]["output_file_id"])
+    assert set(lost.wait().frame()["response_error"]) == {"not asked: the batch (completed) gave no line for it"}
+    assert lost.resubmit().wait().counts == {"ok": 10}
+
+
+def test_a_batch_that_cannot_be_created_fails_its_rows_with_the_reason_and_they_can_be_asked_again(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    server.change(enqueued_tokens=10, say_limit=False)
+    job = submit(server, frame, tmp_path, poll_s=0.3)
+    while job.parts["status"].tolist() != ["waits for its turn"]:
+        job.refresh()
+    with openai.OpenAI(base_url=server.base_url, api_key="any") as client:
+        for file in server.files():
+            client.files.delete(file["id"])
+    server.change(enqueued_tokens=None)
+    out = job.wait().frame()
+    assert set(out["response_status"]) == {"failed"}
+    assert out["response_error"].str.startswith("HTTP 400: No such file: file-").all()
+    assert reopened(server, tmp_path).resubmit().wait().counts == {"ok": 10}
+    assert paid_for(server, frame) == [1] * 9
+
+
 # ---- no submission twice
 
 
