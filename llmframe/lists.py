@@ -52,7 +52,7 @@ def complete(messages: Iterable[Any], **keywords: Any) -> list[Completion]:
     >>> [one.status for one in llmframe.complete(questions, schema=["yes", "no"], model="local")]
     ['ok', 'ok']
     """
-    return runner.complete(*_call(messages, keywords)).completions()
+    return runner.complete(*_call(messages, keywords), listed=True).completions()
 
 
 @takes_options(call_options)
@@ -66,7 +66,7 @@ async def acomplete(messages: Iterable[Any], **keywords: Any) -> list[Completion
     >>> len(asyncio.run(ask()))
     1
     """
-    state = await runner.acomplete(*_call(messages, keywords))
+    state = await runner.acomplete(*_call(messages, keywords), listed=True)
     return state.completions()
 
 

@@ -105,8 +105,8 @@ class Prepared:
         return self.state.options.progress is False
 
 
-def complete(prompts: Prompts, options: Options) -> State:
-    """Run and wait; see `LLMFrame.complete`."""
+def complete(prompts: Prompts, options: Options, *, listed: bool = False) -> State:
+    """Run and wait; see `LLMFrame.complete`. What stops a call of a list (`listed`) carries its completions."""
     prepared = prepare(prompts, options)
     bar = Bar(prepared.state, options.progress)
     try:
@@ -115,24 +115,24 @@ def complete(prompts: Prompts, options: Options) -> State:
         else:
             loops.run(lambda: execute(prepared), bar.draw)
     except LLMFrameError as error:
-        raise _stopped(error, prepared.state) from error.__cause__
+        raise _stopped(error, prepared.state, listed) from error.__cause__
     except KeyboardInterrupt:
-        raise _stopped(Interrupted("interrupted"), prepared.state) from None
+        raise _stopped(Interrupted("interrupted"), prepared.state, listed) from None
     finally:
         bar.close()
     return prepared.state
 
 
-async def acomplete(prompts: Prompts, options: Options) -> State:
-    """Run without blocking the caller's loop; see `LLMFrame.acomplete`."""
+async def acomplete(prompts: Prompts, options: Options, *, listed: bool = False) -> State:
+    """Run without blocking the caller's loop; see `complete` and `LLMFrame.acomplete`."""
     prepared = await loops.in_thread(functools.partial(prepare, prompts, options))
     bar = Bar(prepared.state, options.progress)
     try:
         await loops.arun(lambda: execute(prepared), bar.draw, here=prepared.endpoint.bound)
     except LLMFrameError as error:
-        raise _stopped(error, prepared.state) from error.__cause__
+        raise _stopped(error, prepared.state, listed) from error.__cause__
     except asyncio.CancelledError as error:
-        raise _stopped(error, prepared.state) from None
+        raise _stopped(error, prepared.state, listed) from None
     finally:
         bar.close()
     return prepared.state
@@ -593,11 +593,12 @@ def split_extras(params: Any) -> tuple[dict[str, Any], Extras]:
     return body, Extras(tuple(extras["extra_headers"].items()), tuple(extras["extra_query"].items()))
 
 
-def _stopped(error: Any, state: State) -> Any:
+def _stopped(error: Any, state: State, listed: bool) -> Any:
     """Give a run's error with the rows done so far, and the way to go on."""
     with suppress(Exception):  # the error itself matters more than the frame
         error.frame = state.frame()
-        error.completions = state.completions()
+        if listed:  # of a million rows they take 12 s to make, and whoever pressed Ctrl-C waits
+            error.completions = state.completions()
     if state.options.checkpoint is not None and state.unsaved is None:
         way = f"the same call goes on from {state.options.checkpoint}"
     else:

@@ -406,3 +406,20 @@ def test_a_list_of_message_arrays_gives_its_answers_in_order(server: SimulatedSe
     completions = llmframe.complete(arrays, model="m", base_url=server.base_url, progress=False)
     assert [completion.text for completion in completions] == [f"echo: {text}" for text in texts]
     assert server.stats().answered == 7
+
+
+def test_what_stops_a_call_of_a_list_carries_the_answers_so_far_and_of_a_frame_the_frame_alone(
+    server: SimulatedServer,
+) -> None:
+    texts = ["one", "[[status=400]]", "two"]
+    keywords: dict[str, Any] = {"model": "m", "base_url": server.base_url, "progress": False, "max_concurrency": 1}
+    keywords["on_error"] = "raise"
+    with pytest.raises(llmframe.RowFailed) as listed:
+        llmframe.complete([[{"role": "user", "content": text}] for text in texts], **keywords)
+    assert listed.value.completions is not None
+    assert [one.status for one in listed.value.completions] == ["ok", "failed", "pending"]
+    with pytest.raises(llmframe.RowFailed) as framed:
+        pd.DataFrame({"text": texts}).llm.complete("text", **keywords)
+    assert framed.value.completions is None
+    assert framed.value.frame is not None
+    assert framed.value.frame["response_status"].tolist() == ["ok", "failed", "pending"]
