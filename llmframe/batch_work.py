@@ -326,7 +326,11 @@ class Worker:
         """Note that a part came to nothing as a whole; each of its requests can be asked again."""
         left = {key: Left(key, "failed", words, True) for key in self._keys(part)}
         self.directory.write_left(part, left)
-        self._put(replace(part, stage="collected", error=words, left=len(left), status=part.status or "refused"))
+        self._put(
+            replace(
+                part, stage="collected", error=words, failed=len(left), left=len(left), status=part.status or "refused"
+            )
+        )
 
     def _rewrite(self, part: Part, wanted: Callable[[bytes], bool], tokens: int | None = None) -> None:
         """Put lines of a part into new ones, in its place."""

@@ -518,6 +518,16 @@ def test_a_job_shows_its_parts(server: BatchServer, frame: pd.DataFrame, tmp_pat
     assert job.cost_usd == pytest.approx(job.usage.prompt_tokens * 0.5e-6 + job.usage.completion_tokens * 1e-6)
 
 
+def test_a_jobs_view_escapes_what_the_provider_said(server: BatchServer, frame: pd.DataFrame, tmp_path: Path) -> None:
+    submit(server, frame, tmp_path).wait()
+    ledger = tmp_path / "job" / "job.json"
+    ledger.write_text(ledger.read_text().replace('"error": null', '"error": "<script>alert(1)</script>"'))
+    html = reopened(server, tmp_path)._repr_html_()
+    assert "&lt;script&gt;alert(1)" in html
+    assert "<script>" not in html
+    assert "color" not in html
+
+
 def test_polling_waits_as_long_as_the_endpoint_asks(server: BatchServer, frame: pd.DataFrame, tmp_path: Path) -> None:
     server.change(retry_after_s=1.0, validate_s=0.5)
     job = submit(server, frame, tmp_path)
