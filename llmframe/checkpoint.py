@@ -54,6 +54,8 @@ FANOUT = 4  # parts of a size that become one: each answer is rewritten log4(n) 
 SMALL_BYTES = 256 << 10  # parts below this are of one size: opening one costs more than reading it
 WHOLE_BYTES = 32 << 20  # a part this large stays as it is: rewriting it would make no reader faster
 MERGE_BYTES = 4 * WHOLE_BYTES  # what one merge takes on, and so what it may hold of memory
+WHOLE_ROWS = 131_072  # so does one of so many short answers, and what a merge holds of its keys follows the rows
+MERGE_ROWS = 2 * WHOLE_ROWS
 HANDFUL = 4  # the parts of its own a closed checkpoint leaves, the large ones aside
 SHORT_CHARACTERS = 40  # of a parameter's value: worth showing when it changes
 OTHER_ROWS = "the rows have changed since"  # what differs where all else is the same
@@ -160,7 +162,7 @@ class Checkpoint:
     @property
     def held(self) -> int:
         """The distinct answers the directory held, by whomever, when it was last searched."""
-        return len(self._indexed()) if self._held is None else self._held
+        return len(self._indexed()) if self._held is None else self._held  # counted when asked: it takes a sort
 
     @property
     def unsaved(self) -> int:
@@ -208,7 +210,7 @@ class Checkpoint:
         for name, heads in self._parts.read(Part.heads, known=index.parts):
             index.add(name, heads)
         index.forget(index.parts - self._parts.listed)
-        self._held = len(index)
+        self._held = len(index) if index is not self._index else None
         return index
 
     def differs(self) -> str | None:
@@ -354,10 +356,15 @@ class Checkpoint:
         candidates: list[_Candidates] = []
         origins: dict[Origin, int] = {}
         for name in names:
+            if sum(len(each.rows) for each in candidates) >= MERGE_ROWS:
+                break
             try:
                 with self._parts.open(name) as part:
                     if part.extra:
                         raise NotAPart(f"a later llmframe wrote {', '.join(part.extra)}")
+                    if part.rows >= WHOLE_ROWS:
+                        self._unmergeable.add(name)
+                        continue
                     heads = part.heads()
                     for origin in part.origins:
                         origins.setdefault(origin, len(origins))
@@ -564,7 +571,10 @@ def _winners(candidates: Sequence[_Candidates]) -> Iterator[tuple[str, npt.NDArr
     answered_at = np.concatenate([each.answered_at for each in candidates])
     order = np.lexsort((answered_at, paid, *ids.T))
     last = np.ones(len(order), np.bool_)
-    last[:-1] = (ids[order[1:]] != ids[order[:-1]]).any(axis=1)
+    last[:-1] = False
+    for column in ids.T:  # one by one: rows of four at a time would take four times the memory
+        ordered = column[order]
+        last[:-1] |= ordered[1:] != ordered[:-1]
     won = np.zeros(len(order), np.bool_)
     won[order[last]] = True
     start = 0

@@ -269,6 +269,8 @@ class Part:
             raise NotAPart("it has lost a row group")
         if metadata.get(_COLUMNS, b"").decode("utf-8", "replace").split(" ") != found.names:
             raise NotAPart("its columns are not those it was written with")
+        self.rows = sum(sizes)
+        """How many answers it holds, failures among them."""
         self.extra = [name for name in found.names if name not in COLUMNS.names]
         """Columns of a later llmframe, which a rewriting would lose."""
         for name in REQUIRED:
