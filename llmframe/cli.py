@@ -1,4 +1,4 @@
-"""The command line: ``llmframe run``, ``batch``, ``inspect``, ``export`` and ``demo``.
+"""The command line: ``llmframe run``, ``batch``, ``inspect``, ``export``, ``demo`` and ``completion``.
 
 The exit status is 0 where every row is ok or skipped, 2 for wrong use, 3 where some rows are neither, and 4 for a run
 that was stopped and that the same command goes on with.
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from llmframe.cli_batch import add_batch
 from llmframe.cli_checkpoint import add_export, add_inspect
+from llmframe.cli_completion import add_completion
 from llmframe.cli_demo import add_demo
 from llmframe.cli_run import add_run
 from llmframe.cli_words import STOPPED, WRONG_USE
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     add_inspect(verbs)
     add_export(verbs)
     add_demo(verbs)
+    add_completion(verbs, parser)
     return parser
 
 

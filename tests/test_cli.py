@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import pandas as pd
@@ -133,3 +135,25 @@ def test_a_run_that_was_stopped_says_so_and_the_same_command_goes_on(
 def test_scores_that_are_all_near_zero_are_compared_with_nothing() -> None:
     frame = pd.DataFrame({"human_score": [0.5, -1.0], "sentiment": ["positive", "negative"]})
     assert agreement(frame) == "none of these reviews has |human_score| >= 1.5"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_a_shell_can_complete_every_verb_and_option(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(word in script for word in ("inspect", "export", "max-cost", "prompt-file", "dask"))
+
+
+def test_bash_completes_an_option_that_the_help_only_names(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("shtab")
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("no bash here")
+    main(["completion", "bash"])
+    script = tmp_path / "completion.bash"
+    script.write_text(capsys.readouterr().out)
+    asked = 'COMP_WORDS=(llmframe run --rp); COMP_CWORD=2; COMP_LINE="llmframe run --rp"; COMP_POINT=17'
+    ask = f'source {script}; {asked}; _shtab_llmframe; echo "${{COMPREPLY[@]}}"'
+    done = subprocess.run([bash, "-c", ask], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "--rpm", done.stderr
