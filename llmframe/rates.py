@@ -107,6 +107,12 @@ class Share:
         self.seats = math.inf
         self._requests = self._tokens = 0.0
         self._until = -math.inf
+        self._used: list[float] = []  # the tokens of each request since `sent_since`
+
+    def sent_since(self) -> list[float]:
+        """Give the tokens of each request that was sent since it was last asked: as many more are to be expected."""
+        used, self._used = self._used, []
+        return used
 
     def give(self, now: float, requests: float, tokens: float) -> None:
         """Take tickets, which hold for `TICKET_S`: later they would be those of another minute."""
@@ -128,6 +134,7 @@ class Share:
 
     def take(self, tokens: float) -> None:
         """Use a ticket."""
+        self._used.append(tokens)
         self._requests -= 1.0
         self._tokens -= tokens
 

@@ -241,9 +241,12 @@ class Station:
                 await asyncio.wait_for(self._closing.wait(), pause_s)
 
     def _queue(self, line: Line) -> tuple[float, ...]:
-        """Give what waits for a ticket, and has none."""
-        there = self._share.tickets(asyncio.get_running_loop().time()) if self._caps.ticketed else 0
-        return tuple(line.pacer.worth(tokens) for tokens in line.waiting[there:])
+        """Give what waits to be sent and, by tickets, what will wait before it comes again, less what has a ticket."""
+        waiting = [line.pacer.worth(tokens) for tokens in line.waiting]
+        if not self._caps.ticketed:
+            return tuple(waiting)
+        soon = self._share.sent_since()
+        return tuple([*waiting, *soon][self._share.tickets(asyncio.get_running_loop().time()) :])
 
     async def _ask_all(self, prepared: Prepared) -> None:
         part, keys = uuid.uuid4().hex, prepared.state.plan.keys
