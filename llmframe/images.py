@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 
 from llmframe.errors import ConfigurationError, TemplateError
 from llmframe.messages import Message, Messages, kind, well_formed
@@ -117,9 +118,9 @@ def attachments_of(value: Any, column: object) -> Iterator[Attachment]:
     TemplateError
         A value of a type that is none of these.
     """
-    if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.dtype.kind in "OUS"):
+    if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim and value.dtype.kind in "OUS"):
         for each in value:
-            if each is None:
+            if each is None or (pd.api.types.is_scalar(each) and pd.isna(each)):
                 raise CannotRead(f"a list in column {column!r} has a missing value")
             yield _attachment(each, column)
     else:
@@ -147,7 +148,7 @@ def attach(messages: Messages, parts: Sequence[Message]) -> Messages:
 
 def _attachment(value: Any, column: object) -> Attachment:
     if isinstance(value, Mapping) and ("bytes" in value or "path" in value):  # as Hugging Face's data sets hold one
-        value = value.get("bytes") or value.get("path") or ""
+        value = next((held for name in ("bytes", "path") if (held := value.get(name)) is not None), "")
     if isinstance(value, str) and value.startswith(("http://", "https://", "data:")):
         return Attachment("image", "", well_formed(value))
     if isinstance(value, str | os.PathLike):

@@ -84,7 +84,8 @@ def read_vectors(payload: Any, count: int) -> Matrix | None:
     places = list(range(count))
     try:
         given = [one["embedding"] for one in data]
-        matrix = _decoded(given) if isinstance(given[0], str) else np.array(given, np.float32)
+        with np.errstate(over="ignore"):  # beyond a float32 it is infinite, and so is no number
+            matrix = _decoded(given) if isinstance(given[0], str) else np.array(given, np.float32)
         told = [one.get("index", place) for place, one in enumerate(data)]
         if matrix.ndim != 2 or not matrix.shape[1] or not np.isfinite(matrix).all():
             return None

@@ -519,7 +519,6 @@ def test_what_is_configured_for_answers_does_not_reach_an_embedding(
         {"data": [{"index": "a", "embedding": [1]}, {"index": 0, "embedding": [1]}]},
     ],
 )
-@pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_a_reply_is_read_whole_or_not_at_all(payload: Any) -> None:
     assert read_vectors(payload, 2) is None
 

@@ -245,8 +245,8 @@ def test_an_array_without_pillow_says_what_to_install(ask: Ask, monkeypatch: pyt
 def test_a_file_that_is_not_there_is_its_rows_error_and_costs_nothing(
     server: SimulatedServer, ask: Ask, tmp_path: Path
 ) -> None:
-    out = ask(rows(PNG, "/no/such.png", b"text", b"", None, [URL, None], "s3://a/b.png", str(tmp_path)))
-    assert out["response_status"].tolist() == ["ok", "failed", "failed", "failed", "skipped", *["failed"] * 3]
+    out = ask(rows(PNG, "/no/such.png", b"text", b"", None, [URL, None], "s3://a/b.png", str(tmp_path), [pd.NA]))
+    assert out["response_status"].tolist() == ["ok", "failed", "failed", "failed", "skipped", *["failed"] * 4]
     said = out["response_error"].tolist()
     assert said[1] == "the file '/no/such.png' of column 'photo' cannot be read: No such file or directory"
     assert "no picture, sound or document that is known" in said[2]
