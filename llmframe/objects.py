@@ -7,6 +7,7 @@ follows from the schema and never from the data.
 from __future__ import annotations
 
 import enum
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -314,7 +315,19 @@ def _cell(value: Any, dtype: Any, name: str) -> Any:
         return float(value)
     if isinstance(dtype, pd.CategoricalDtype | pd.BooleanDtype):
         return value
-    return well_formed(value) if isinstance(value, str) else orjson.dumps(value, default=str).decode()
+    return well_formed(value) if isinstance(value, str) else _json(value, name)
+
+
+def _json(value: Any, name: str) -> str:
+    """Write a value as JSON, by the standard library where it holds what orjson does not write: large integers."""
+    try:
+        return orjson.dumps(value, default=str).decode()
+    except TypeError:
+        pass
+    try:
+        return well_formed(json.dumps(value, default=str, ensure_ascii=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Unfit(f"{name}: {value!r:.80} is no JSON: {error}") from None
 
 
 def _pruned(value: Any, schema: Any, root: JsonSchema) -> Any:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field
 
 from llmframe.errors import SchemaError
 from llmframe.objects import DAY, MOMENT, Objects, of_json_schema, of_model
+from llmframe.repair import json_text, read_answer
 from llmframe.requests import Requests
 from llmframe.results import text_dtype, typed
 from llmframe.schemas import Unfit, read_schema
@@ -352,6 +353,30 @@ def test_titles_and_the_order_of_keys_are_no_part_of_a_key() -> None:
     one = {"type": "object", "title": "A", "properties": {"a": {"type": "string", "title": "A"}, "b": {"enum": [1]}}}
     two = {"properties": {"b": {"const": 1, "title": "B"}, "a": {"type": "string"}}, "type": "object"}
     assert key_of(of_json_schema(one)) == key_of(of_json_schema(two))
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ('{" ""-9223372036854775809"}', {" ": -9.223372036854775809e18}),
+        ('{"a": 18446744073709551616,}', {"a": 18446744073709551616.0}),
+        (r'{"a": "\ud800",}', {"a": "\ufffd"}),
+    ],
+)
+def test_damaged_json_gives_what_sound_json_would(text: str, read: Any) -> None:
+    assert read_answer(text) == read
+    assert read_answer(json_text(text)) == read
+
+
+class Large(BaseModel):
+    several: int | list[int]
+    by_number: int | dict[int, str]
+
+
+def test_integers_beyond_64_bits_and_keys_that_are_numbers_are_written_where_a_column_is_text() -> None:
+    schema = of_model(Large)
+    parsed = schema.read('{"several": ["99999999999999999999"], "by_number": {"7": "seven"}}')
+    assert schema.cells(parsed) == {"several": "[99999999999999999999]", "by_number": '{"7":"seven"}'}
 
 
 class Feeling(enum.StrEnum):
