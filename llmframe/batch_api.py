@@ -118,7 +118,7 @@ class BatchApi:
     """
 
     def __init__(self, target: Endpoint, extras: Extras) -> None:
-        client = target.client
+        client = target.client()
         self._threads = isinstance(client, openai.OpenAI)
         own = None if self._threads else endpoint.of_default_transport(client, extras)
         self._own = own is not None

@@ -18,7 +18,7 @@ import threading
 import urllib.request
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Protocol
 from urllib.parse import parse_qsl, urlsplit
@@ -125,8 +125,9 @@ class Endpoint:
         Makes the transport, on the loop that will use it.
     bound : bool
         Whether its connections belong to the caller's event loop: a client with a transport of its own.
-    client : openai.AsyncOpenAI or openai.OpenAI
-        The owner of all this, for what is no row's request: files and batches.
+    client : callable
+        Gives the openai client that owns all this, for what is no row's request: files and batches. One that was made
+        here is made anew: the SDK's starts a task wherever it is dropped.
     replicas : tuple of str
         Where else requests go, as built.
     """
@@ -136,7 +137,7 @@ class Endpoint:
     key: Hashable = field(repr=False)
     open: Callable[[], Transport] = field(repr=False)
     bound: bool = False
-    client: Any = field(default=None, repr=False)
+    client: Callable[[], Any] = field(default=lambda: None, repr=False)
     replicas: tuple[str, ...] = ()
 
 
@@ -197,7 +198,9 @@ def resolve(
             "no API key: set the environment variable OPENAI_API_KEY, or pass api_key= "
             '(any text will do for a server that asks for none); model="local" needs none'
         )
-    return _of_client(_client(base_url, api_key), extras, PATHS[api])
+    made = _client(base_url, api_key)
+    url, key = str(made.base_url), api_key if callable(api_key) else made.api_key
+    return replace(_of_client(made, extras, PATHS[api]), client=lambda: _client(url, key))
 
 
 def check_url(base_url: Any, name: str = "base_url") -> None:
@@ -261,7 +264,7 @@ def _of_client(client: Any, extras: Extras, path: str) -> Endpoint:
             url,
             ("aiohttp", target, tuple(sorted(headers.items())), proxy, timeout),
             lambda: AiohttpTransport(target, headers, proxy, timeout),
-            client=client,
+            client=lambda: client,
         )
     # A client is its own key: another one at the same place in memory must not find this one's connections.
     shown = _without_secrets(url)
@@ -271,7 +274,7 @@ def _of_client(client: Any, extras: Extras, path: str) -> Endpoint:
             shown,
             ("threads", client, path, repr(extras)),
             lambda: ThreadTransport(client, path, extras),
-            client=client,
+            client=lambda: client,
         )
     return Endpoint(
         identity(base_url),
@@ -279,7 +282,7 @@ def _of_client(client: Any, extras: Extras, path: str) -> Endpoint:
         ("sdk", client, path, repr(extras)),
         lambda: SdkTransport(client, path, extras),
         bound=not _is_default_transport(client),
-        client=client,
+        client=lambda: client,
     )
 
 
