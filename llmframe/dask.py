@@ -83,6 +83,11 @@ class LLMDaskFrame:
             Required: `head` and `len` compute again, and would pay again. All workers have to reach it.
         where : "missing" or Dask Series of booleans, optional
             ``ddf["score"] > 1``.
+        max_concurrency, rpm, tpm, max_cost, max_tokens_total : optional
+            Of all workers together: the scheduler's process gives out what each may send and spend. So llmframe has to
+            be installed there too.
+        progress
+            Of no use here: `dask.distributed.progress` and `dask.diagnostics.ProgressBar` show the whole computation.
         api_key : str, optional
             It travels to the workers, and shows in no name, repr or dashboard; without it each worker takes
             ``OPENAI_API_KEY`` from its own environment.
