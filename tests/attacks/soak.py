@@ -304,6 +304,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.attacks.soak", description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=20.0)
     chosen = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
     faults = {f"p_{fault}": CHANCE for fault in FAULTS}
     course: list[Held] = []
     with (
@@ -339,6 +340,7 @@ def main() -> int:
         idle = Held.now(server, place)
         print(f"  idle: {_row(idle)}")
         held.append((idle.sockets <= FEW, f"{idle.sockets} sockets when idle, at most {FEW}"))
+        held.append((soak.interrupted > 0, f"{soak.interrupted} interrupts met, at least 1"))
         held.append((idle.tasks == 0, f"{idle.tasks} tasks when idle, at most 0"))
     for kept, said_ in held:
         print(f"{'kept  ' if kept else 'BROKEN'} {said_}")
