@@ -591,7 +591,7 @@ async def nothing_is_left(server: SimulatedServer, end: Callable[[asyncio.Task[N
     await asyncio.wait({task})
     with pytest.raises((EndpointError, asyncio.CancelledError)):
         task.result()
-    for _ in range(5):  # the SDK closes a client that is collected meanwhile, an earlier test's too, in a task of its own
+    for _ in range(5):  # the SDK closes a client that is collected meanwhile, an earlier test's too, in its own task
         await asyncio.sleep(0)
     assert asyncio.all_tasks() == {asyncio.current_task()}
     assert ran.tally.in_flight == 0
