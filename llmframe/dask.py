@@ -111,7 +111,7 @@ class LLMDaskFrame:
         >>> import dask.dataframe as dd
         >>> ddf = dd.from_pandas(df, npartitions=2)
         >>> with tempfile.TemporaryDirectory() as place:
-        ...     out = ddf.llm.complete("Translate to French: {text}", model="local", max_tokens=8, checkpoint=place)
+        ...     out = ddf.llm.complete("Good or bad? {text}", schema=["good", "bad"], model="local", checkpoint=place)
         ...     out.compute()["response_status"].tolist()
         ['ok', 'ok']
         """

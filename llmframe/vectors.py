@@ -70,13 +70,14 @@ class Embeddings:
 def read_vectors(payload: Any, count: int) -> Matrix | None:
     """Read the vectors of a reply, in the order of its inputs; None where they are not `count` sound ones.
 
-    Each may be base64 of little-endian float32, or a list of numbers.
+    All are base64 of little-endian float32, or all are lists of numbers.
 
     Examples
     --------
-    >>> read_vectors({"data": [{"index": 1, "embedding": [0, 1]}, {"index": 0, "embedding": "AACAPwAAAAA="}]}, 2)
-    array([[1., 0.],
-           [0., 1.]], dtype=float32)
+    >>> read_vectors({"data": [{"index": 1, "embedding": [0, 1]}, {"index": 0, "embedding": [1, 0]}]}, 2).tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+    >>> read_vectors({"data": [{"index": 0, "embedding": "AACAPwAAAAA="}]}, 1).tolist()
+    [[1.0, 0.0]]
     """
     data = payload.get("data") if isinstance(payload, dict) else None
     if not isinstance(data, list) or len(data) != count or count == 0:

@@ -458,7 +458,8 @@ def test_the_embedded_model_answers_the_responses_api(url: str) -> None:
     assert out["response_prompt_tokens"].gt(0).all()
 
 
-def test_the_embedded_model_makes_embeddings_too_beside_its_answers(url: str) -> None:
+@pytest.mark.usefixtures("url")
+def test_the_embedded_model_makes_embeddings_too_beside_its_answers() -> None:
     frame = pd.DataFrame(
         {"text": ["The camera is good.", "The camera is fine.", "Ich esse gern Brot.", "word " * 3000]}
     )
@@ -468,5 +469,4 @@ def test_the_embedded_model_makes_embeddings_too_beside_its_answers(url: str) ->
     like = similarity(out["embedding"], out["embedding"][0])
     assert like[0] == pytest.approx(1.0)
     assert like[1] > like[2]
-    assert local.serve() == url
-    assert local.serve(embeddings=True) != url
+    assert local.serve(embeddings=True) != local.serve()
