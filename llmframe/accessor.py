@@ -16,7 +16,7 @@ from llmframe.batch_work import POLL_S
 from llmframe.errors import ConfigurationError, TemplateError
 from llmframe.estimate import Estimate, estimate
 from llmframe.options import Options, call_options, embed_options, gather, gather_embedding, method_takes_options
-from llmframe.planning import select
+from llmframe.planning import prompts_of, select
 from llmframe.prompts import Missing, Prompt, Prompts
 from llmframe.results import typed
 from llmframe.review import Review, review
@@ -365,16 +365,7 @@ class LLMFrame:
 
     def _call(self, prompt: Prompt, keywords: dict[str, Any]) -> tuple[Prompts, Options]:
         options = gather(keywords)
-        prompts = Prompts(
-            self._frame,
-            prompt,
-            system=options.system,
-            examples=options.examples,
-            history=options.history,
-            images=options.images,
-            na=options.na,
-        )
-        return prompts, options
+        return prompts_of(self._frame, prompt, options), options
 
     def _embedding(self, text: Prompt, keywords: dict[str, Any]) -> tuple[Prompts, Options]:
         options = gather_embedding(keywords)
@@ -421,8 +412,7 @@ class LLMSeries:
                 raise ConfigurationError(f"{name}= is a column of a frame; write series.to_frame().llm.complete(...)")
         # The values are a column without a name, which is what {} and {:.2f} name.
         frame = self._series.to_frame("")
-        prompts = Prompts(frame, prompt, system=options.system, examples=options.examples, na=options.na)
-        return runner.complete(prompts, options).frame()[options.output]
+        return runner.complete(prompts_of(frame, prompt, options), options).frame()[options.output]
 
     @method_takes_options(embed_options)
     def embed(self, text: str = "{}", **keywords: Any) -> pd.Series[Any]:

@@ -32,11 +32,11 @@ from llmframe.errors import ConfigurationError, LLMFrameError, TemplateError
 from llmframe.estimate import Estimate, estimate
 from llmframe.loops import in_thread
 from llmframe.options import Options, call_options, gather, method_takes_options
-from llmframe.planning import output_dtypes
+from llmframe.planning import output_dtypes, prompts_of
 from llmframe.prompts import Prompt
 from llmframe.results import Completion, Usage, typed
 from llmframe.state import State
-from llmframe.stations import Alone, Peers, Station, Stations, limits_of, prompts_of
+from llmframe.stations import Alone, Peers, Station, Stations, limits_of
 
 try:
     import cloudpickle

@@ -33,7 +33,7 @@ from llmframe.index import Index
 from llmframe.notices import say
 from llmframe.options import Options, check_count, gather, shows_options
 from llmframe.pacing import Pacer
-from llmframe.planning import output_dtypes
+from llmframe.planning import output_dtypes, prompts_of
 from llmframe.progress import Bar
 from llmframe.prompts import Prompt, Prompts
 from llmframe.results import STATUSES, Usage, twin
@@ -154,7 +154,7 @@ def estimate_job(paths: Paths, prompt: Prompt, options: Options) -> Estimate:
         See `run`.
     """
     parts = Source(paths.source, paths.where, paths.limit).pieces(ESTIMATE_ROWS)
-    estimates = [estimate(prompts_of(piece.table, prompt, options), options) for piece in parts]
+    estimates = [estimate(prompts_of(piece.table.to_pandas(), prompt, options), options) for piece in parts]
     return functools.reduce(operator.add, estimates)
 
 
@@ -178,14 +178,6 @@ def job_options(sink: str | os.PathLike[str], keywords: Mapping[str, Any]) -> Op
     return options if options.checkpoint is not None else replace(options, checkpoint=beside)
 
 
-def prompts_of(table: pa.Table, prompt: Prompt, options: Options) -> Prompts:
-    """Give what the rows of a table send."""
-    frame: pd.DataFrame = table.to_pandas()
-    return Prompts(
-        frame, prompt, system=options.system, examples=options.examples, images=options.images, na=options.na
-    )
-
-
 def submit_source(
     paths: Paths, prompt: Prompt, options: Options, job: str, *, keep_files: bool = False, poll_s: float = POLL_S
 ) -> BatchJob:
@@ -197,7 +189,8 @@ def submit_source(
         See `LLMFrame.submit_batch`.
     """
     tables = [piece.table for piece in Source(paths.source, paths.where, paths.limit).pieces(ESTIMATE_ROWS)]
-    prompts = prompts_of(pa.concat_tables(tables, promote_options="default"), prompt, options)
+    table = pa.concat_tables(tables, promote_options="default")
+    prompts = prompts_of(table.to_pandas(), prompt, options)
     return submit_batch(prompts, options, job, keep_files=keep_files, poll_s=poll_s)
 
 
@@ -422,7 +415,7 @@ class Work:
         return error
 
     def _prompts(self, table: pa.Table) -> Prompts:
-        return prompts_of(table, self._prompt, self.options)
+        return prompts_of(table.to_pandas(), self._prompt, self.options)
 
     def _prepare(self, piece: Piece) -> _Part:
         prompts = self._prompts(piece.table)

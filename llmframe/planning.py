@@ -18,7 +18,7 @@ import pandas as pd
 from llmframe.errors import ConfigurationError, SchemaError
 from llmframe.messages import kind
 from llmframe.options import Options
-from llmframe.prompts import Missing, Prompts, Unreadable
+from llmframe.prompts import Missing, Prompt, Prompts, Unreadable
 from llmframe.requests import Requests, packed
 from llmframe.results import column_dtype, column_names, property_column, text_dtype, typed
 from llmframe.schemas import Schema
@@ -50,6 +50,25 @@ class Plan:
     skipped: dict[int, str]
     selected: npt.NDArray[np.bool_]
     unreadable: dict[int, str] = field(default_factory=dict)
+
+
+def prompts_of(frame: pd.DataFrame, prompt: Prompt, options: Options) -> Prompts:
+    """Give what the rows of a frame send, by the keywords of a call.
+
+    Raises
+    ------
+    ConfigurationError, TemplateError
+        The prompt does not fit the frame.
+    """
+    return Prompts(
+        frame,
+        prompt,
+        system=options.system,
+        examples=options.examples,
+        history=options.history,
+        images=options.images,
+        na=options.na,
+    )
 
 
 def select(frame: pd.DataFrame, options: Options) -> npt.NDArray[np.bool_]:

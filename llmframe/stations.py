@@ -32,8 +32,8 @@ from llmframe.index import Index
 from llmframe.lines import Line, line_to
 from llmframe.options import Options
 from llmframe.pacing import Caps
-from llmframe.planning import check_columns
-from llmframe.prompts import Prompt, Prompts
+from llmframe.planning import check_columns, prompts_of
+from llmframe.prompts import Prompt
 from llmframe.rates import Share
 from llmframe.runner import Prepared
 from llmframe.state import State
@@ -281,13 +281,6 @@ class Station:
 def limits_of(options: Options) -> Limits:
     """Give what a call allows all processes together."""
     return Limits(options.max_concurrency, options.rpm, options.tpm, options.max_cost, options.max_tokens_total)
-
-
-def prompts_of(frame: pd.DataFrame, prompt: Prompt, options: Options) -> Prompts:
-    """Give what the rows of a frame send."""
-    return Prompts(
-        frame, prompt, system=options.system, examples=options.examples, images=options.images, na=options.na
-    )
 
 
 class Stations:
