@@ -26,12 +26,12 @@ from llmframe.batch_ledger import Busy, Ledger, Left, Place
 from llmframe.batch_plan import FileLimits, key_of
 from llmframe.batch_replies import read_embedding
 from llmframe.batch_rows import Rows, digest_of, load_rows
-from llmframe.batch_work import POLL_S, Keeper, Worker, slower, write_parts
+from llmframe.batch_work import Keeper, Worker, slower, write_parts
 from llmframe.checkpoint import Checkpoint, Origin
 from llmframe.endpoint import Endpoint
 from llmframe.errors import ConfigurationError, EndpointError, Interrupted, LLMFrameError
 from llmframe.notices import say, warn
-from llmframe.options import Options, call_options, gather
+from llmframe.options import POLL_S, Options, call_options, gather
 from llmframe.outcomes import Outcomes
 from llmframe.pacing import Pacer
 from llmframe.parts import embeddings

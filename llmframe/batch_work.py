@@ -26,8 +26,7 @@ from llmframe.results import PAID, Completion, Usage
 
 T = TypeVar("T")
 
-POLL_S = 10.0  # between two looks while something happens
-SLOWEST = 30.0  # times that, between two looks while nothing does: 5 minutes
+SLOWEST = 30.0  # times `POLL_S`, between two looks while nothing does: 5 minutes
 SLOWER = 1.5  # times the last, with each look that saw nothing new
 SETTLE = 3.0  # times the first, after which a batch that is in no list was not created
 SPLIT_AFTER = 2  # refusals for enqueued tokens of a part that is alone: the next time it is two

@@ -11,12 +11,11 @@ from typing import Any
 import pyarrow as pa
 
 from llmframe.batch import BatchJob
-from llmframe.batch_work import POLL_S
 from llmframe.cli_call import add_call, keywords_of, prompt_of, schema_named, terminations_interrupt
 from llmframe.cli_words import OK, ROWS_LEFT, STOPPED, Verbs
 from llmframe.errors import ConfigurationError, EndpointError
 from llmframe.jobs import Paths, submit_source
-from llmframe.options import gather
+from llmframe.options import POLL_S, gather
 
 EXAMPLES = """\
 examples:

@@ -9,13 +9,12 @@ import sys
 from dataclasses import asdict, replace
 
 from llmframe.batch import BatchJob
-from llmframe.batch_work import POLL_S
 from llmframe.cli_call import add_call, keywords_of, prompt_of, terminations_interrupt
 from llmframe.cli_words import OK, ROWS_LEFT, STOPPED, Verbs
 from llmframe.errors import ConfigurationError, LLMFrameError
 from llmframe.jobs import JobResult, Paths, Work, batch_beside, estimate_job, job_options, submit_source
 from llmframe.notices import wanted
-from llmframe.options import Options
+from llmframe.options import POLL_S, Options
 from llmframe.progress import Bar, Lines
 
 LEAST_USD = 1e-12  # a budget of nothing

@@ -25,13 +25,12 @@ import pyarrow as pa
 
 from llmframe import loops, runner
 from llmframe.batch import BatchJob, submit_batch
-from llmframe.batch_work import POLL_S
 from llmframe.checkpoint import Checkpoint, remove_checkpoint
 from llmframe.errors import ConfigurationError, Interrupted, LLMFrameError
 from llmframe.estimate import Estimate, estimate
 from llmframe.index import Index
 from llmframe.notices import say
-from llmframe.options import Options, check_count, gather, shows_options
+from llmframe.options import POLL_S, Options, check_count, gather, shows_options
 from llmframe.pacing import Pacer
 from llmframe.planning import output_dtypes, prompts_of
 from llmframe.progress import Bar

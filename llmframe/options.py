@@ -27,6 +27,8 @@ S = TypeVar("S")
 A = TypeVar("A")
 R = TypeVar("R")
 
+POLL_S = 10.0  # between two looks at a batch job while something happens
+
 Where = Literal["missing"] | pd.Series | npt.NDArray[np.bool_] | Sequence[bool]
 OnError = Literal["column", "raise"]
 

@@ -113,6 +113,21 @@ def test_the_reference_of_complete_fits_two_screens() -> None:
     assert len((inspect.getdoc(llmframe.LLMFrame.complete) or "").splitlines()) <= 2 * 50
 
 
+def test_every_public_name_is_shown_before_it_is_used_and_there_when_it_is() -> None:
+    code = "import llmframe; assert set(llmframe.__all__) <= set(dir(llmframe)); from llmframe import *; BatchJob, run"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_it_does_not_import_what_most_calls_do_without() -> None:
+    code = "import llmframe, sys; assert not {'llmframe.batch', 'llmframe.jobs', 'dask'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_name_that_is_none_is_refused_as_that_of_any_module() -> None:
+    with pytest.raises(AttributeError, match="module 'llmframe' has no attribute 'runn'"):
+        llmframe.runn  # type: ignore[attr-defined]  # noqa: B018
+
+
 def test_importing_it_says_nothing_and_patches_no_loop() -> None:
     code = "import asyncio, llmframe, sys; assert 'nest_asyncio' not in sys.modules; print(asyncio.run.__module__)"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
