@@ -16,14 +16,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import http.client
-import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
 import orjson
 
@@ -37,6 +33,7 @@ from tests.server_behaviour import (
     label_of,
     last_user_text,
 )
+from tests.server_process import ServerProcess
 from tests.server_simulation import BINS_PER_S, LOG_LENGTH, serve
 
 __all__ = [
@@ -154,7 +151,7 @@ class ReceivedRequest:
         return last_user_text(self.body["messages"])
 
 
-class SimulatedServer:
+class SimulatedServer(ServerProcess):
     """The server in a process of its own, steered and asked from here.
 
     Parameters
@@ -164,44 +161,11 @@ class SimulatedServer:
     """
 
     def __init__(self, **behaviour: Any) -> None:
+        super().__init__()
         self._behaviour = Behaviour(**behaviour)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._port = 0
 
-    def start(self) -> Self:
-        """Start the process; the port is the same after every start."""
-        arguments = ["--port", str(self._port), "--config", self._behaviour.to_json().decode(), "--until-stdin-closes"]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.server", *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=Path(__file__).resolve().parent.parent,
-        )
-        assert process.stdout is not None
-        self._process = process
-        line = process.stdout.readline().decode()
-        if not line:
-            self.kill()
-            raise RuntimeError("the simulated server did not start; its stderr says why")
-        self._port = urlsplit(line.strip()).port or 0
-        return self
-
-    def stop(self) -> None:
-        """End the process in good order."""
-        self._end(subprocess.Popen.terminate)
-
-    def kill(self) -> None:
-        """End the process at once, as a power cut would; `start()` brings it back without its counts."""
-        self._end(subprocess.Popen.kill)
-
-    def _end(self, how: Callable[[subprocess.Popen[bytes]], None]) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            how(process)
-            process.wait(CONTROL_S)
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    pipe.close()
+    def _command(self) -> list[str]:
+        return ["tests.server", "--config", self._behaviour.to_json().decode()]
 
     def __enter__(self) -> Self:
         return self if self.running else self.start()
@@ -210,27 +174,6 @@ class SimulatedServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
-
-    @property
-    def running(self) -> bool:
-        """Whether the process is there."""
-        return self._process is not None and self._process.poll() is None
-
-    @property
-    def pid(self) -> int:
-        """The process's number."""
-        assert self._process is not None, "the server is not running"
-        return self._process.pid
-
-    @property
-    def port(self) -> int:
-        """The TCP port, on 127.0.0.1."""
-        return self._port
-
-    @property
-    def base_url(self) -> str:
-        """What a client takes as `base_url`."""
-        return f"http://127.0.0.1:{self._port}/v1"
 
     def reset(self, **behaviour: Any) -> None:
         """Forget all counts, close all connections, and begin anew with these knobs and the others' defaults."""

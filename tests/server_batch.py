@@ -25,16 +25,12 @@ import random
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
-from urllib.parse import urlsplit
 
 import orjson
 from aiohttp import web
@@ -53,6 +49,7 @@ from tests.server_behaviour import (
     response_answer,
     response_complaint,
 )
+from tests.server_process import ServerProcess, stop_when_stdin_closes
 
 CHUNK = 1_000  # lines done between two looks at anything else
 TICK_S = 0.005
@@ -685,13 +682,7 @@ async def serve(place: Path, port: int, behaviour: BatchBehaviour, *, until_stdi
     working.add_done_callback(lambda _: stop.set())
     signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(stop.set))
     if until_stdin_closes:
-
-        def watch() -> None:
-            while os.read(sys.stdin.fileno(), 1024):
-                pass
-            loop.call_soon_threadsafe(stop.set)
-
-        threading.Thread(target=watch, daemon=True).start()
+        stop_when_stdin_closes(stop)
     print(f"http://127.0.0.1:{runner.addresses[0][1]}/v1", flush=True)
     await stop.wait()
     if working.done():
@@ -700,7 +691,7 @@ async def serve(place: Path, port: int, behaviour: BatchBehaviour, *, until_stdi
     await runner.cleanup()
 
 
-class BatchServer:
+class BatchServer(ServerProcess):
     """The server in a process of its own, steered and asked from here.
 
     Parameters
@@ -710,38 +701,13 @@ class BatchServer:
     """
 
     def __init__(self, **behaviour: Any) -> None:
+        super().__init__()
         self._behaviour = BatchBehaviour(**behaviour)
         self._place = tempfile.TemporaryDirectory(prefix="llmframe-batches-", ignore_cleanup_errors=True)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._port = 0
 
-    def start(self) -> Self:
-        """Start the process, with what an earlier one kept; the port is the same after every start."""
-        arguments = ["--store", self._place.name, "--port", str(self._port), "--until-stdin-closes"]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.server_batch", *arguments, "--config", orjson.dumps(asdict(self._behaviour))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=Path(__file__).resolve().parent.parent,
-        )
-        assert process.stdout is not None
-        self._process = process
-        line = process.stdout.readline().decode()
-        if not line:
-            self.kill()
-            raise RuntimeError("the simulated batch server did not start; its stderr says why")
-        self._port = urlsplit(line.strip()).port or 0
-        return self
-
-    def kill(self) -> None:
-        """End the process at once; `start` brings it back with what it kept."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.wait(30)
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    pipe.close()
+    def _command(self) -> list[str]:
+        config = orjson.dumps(asdict(self._behaviour)).decode()
+        return ["tests.server_batch", "--store", self._place.name, "--config", config]
 
     def __enter__(self) -> Self:
         return self.start()
@@ -749,11 +715,6 @@ class BatchServer:
     def __exit__(self, *_: object) -> None:
         self.kill()
         self._place.cleanup()
-
-    @property
-    def base_url(self) -> str:
-        """What a client takes as `base_url`."""
-        return f"http://127.0.0.1:{self._port}/v1"
 
     def change(self, **behaviour: Any) -> None:
         """Set these knobs and leave the others."""

@@ -13,12 +13,10 @@ import hashlib
 import http.client
 import json
 import math
-import os
 import signal
 import socket
 import struct
 import sys
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
@@ -48,6 +46,7 @@ from tests.server_behaviour import (
     response_complaint,
 )
 from tests.server_limits import Bucket, rate_headers, retry_header
+from tests.server_process import stop_when_stdin_closes
 
 if sys.platform != "win32":
     import resource
@@ -638,13 +637,7 @@ async def serve(port: int, behaviour: Behaviour, *, until_stdin_closes: bool) ->
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
     if until_stdin_closes:
-
-        def watch() -> None:
-            while os.read(sys.stdin.fileno(), 1024):
-                pass
-            loop.call_soon_threadsafe(stop.set)
-
-        threading.Thread(target=watch, daemon=True).start()
+        stop_when_stdin_closes(stop)
     if sys.platform != "win32":
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is a file, and 1,024 are soon used
