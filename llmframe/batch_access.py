@@ -92,7 +92,7 @@ class Access:
         """Give what a batch costs: half of the price."""
         online = known_prices(terms.model, terms.identity, terms.service_tier)
         if terms.prices is not None:
-            online = read_prices(({"output": 0.0} if terms.api == "embeddings" else {}) | terms.prices)
+            online = read_prices(terms.prices, embeds=terms.api == "embeddings")
         return None if online is None else halved(online)
 
 

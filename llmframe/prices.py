@@ -34,8 +34,8 @@ class Prices:
         return cost / 1_000_000
 
 
-def read_prices(prices: Mapping[str, float]) -> Prices:
-    """Read the ``prices=`` of a call.
+def read_prices(prices: Mapping[str, float], *, embeds: bool = False) -> Prices:
+    """Read the ``prices=`` of a call; one that `embeds` has no output, and need not name its price.
 
     Raises
     ------
@@ -49,6 +49,8 @@ def read_prices(prices: Mapping[str, float]) -> Prices:
     """
     if not isinstance(prices, Mapping):
         raise ConfigurationError(f"prices={prices!r:.60} is no dict; write {{'input': 0.15, 'output': 0.60}}")
+    if embeds:
+        prices = {"output": 0.0, **prices}
     unknown = set(prices) - {"input", "output", "cached"}
     missing = {"input", "output"} - set(prices)
     if unknown or missing:

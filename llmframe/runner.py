@@ -23,7 +23,7 @@ from llmframe.budget import Bound, Budget, most_completion_tokens
 from llmframe.checkpoint import OTHER_ROWS, Checkpoint, Origin
 from llmframe.embedding import Embedding
 from llmframe.endpoint import Endpoint, Extras
-from llmframe.engine import Crew, Policy
+from llmframe.engine import Ask, Crew, Policy, Read
 from llmframe.errors import CheckpointError, ConfigurationError, Interrupted, LLMFrameError, RowFailed
 from llmframe.index import Index
 from llmframe.lines import line_to
@@ -258,8 +258,7 @@ def plan_call(prompts: Prompts, options: Options, like: Call | None = None) -> C
             say(words, quiet=options.progress is False, once=True)
     price: PriceOf | None = None
     if options.prices is not None:
-        nothing = {"output": 0.0} if options.embeds else {}
-        price = read_prices(nothing | dict(options.prices) if isinstance(options.prices, Mapping) else options.prices)
+        price = read_prices(options.prices, embeds=options.embeds)
     params, extras = split_extras(options.params)
     target = replicas.resolve(
         client=options.client,
@@ -405,23 +404,27 @@ async def ask(prepared: Prepared, asked: npt.NDArray[np.intp]) -> None:
     line = await line_to(prepared.endpoint, prepared.policy.caps)
     state.pacer = line.pacer
     deliver = _deliverer(prepared)
-    crew: Crew
-    ours: dict[str, Any] = {
-        "line": line,
-        "endpoint": prepared.endpoint,
-        "policy": prepared.policy,
-        "tally": state.tally,
-        "budget": prepared.budget,
-    }
+    read: Read
+    again: Ask | None
     if state.options.embeds:
         made = _embedding(prepared)
-        requests, give = made.bodies(asked), _embeddings_deliverer(prepared, made, deliver)
-        crew = Crew(**ours, requests=requests, read=made.read, deliver=give, ask=made)
+        requests, read, again = made.bodies(asked), made.read, made
+        deliver = _embeddings_deliverer(prepared, made, deliver)
     else:
         asking = _asking(prepared)
-        requests = _bodies(prepared, asked, asking, deliver)
+        requests, read = _bodies(prepared, asked, asking, deliver), _reader(prepared)
         again = None if state.schema is None else asking
-        crew = Crew(**ours, requests=requests, read=_reader(prepared), deliver=deliver, ask=again)
+    crew = Crew(
+        line=line,
+        endpoint=prepared.endpoint,
+        requests=requests,
+        read=read,
+        deliver=deliver,
+        policy=prepared.policy,
+        tally=state.tally,
+        ask=again,
+        budget=prepared.budget,
+    )
     at_work = asyncio.create_task(crew.run())
     saving = asyncio.create_task(_save(prepared.checkpoint)) if prepared.checkpoint is not None else None
     tasks = {at_work} if saving is None else {at_work, saving}
@@ -481,7 +484,7 @@ def _bodies(
             yield number, asking.body(messages)
 
 
-def _reader(prepared: Prepared) -> Any:
+def _reader(prepared: Prepared) -> Read:
     schema, price, options = prepared.state.schema, prepared.price, prepared.state.options
     api, several = options.api, options.several
 
@@ -557,9 +560,7 @@ def _embeddings_deliverer(
             return
         state.outcomes.put_embeddings(numbers, found, "request")
         state.rows_done += int(shared[numbers].sum())
-        state.usage += Usage(completion.prompt_tokens or 0)
-        if completion.cost_usd is not None:
-            state.cost_usd = (state.cost_usd or 0.0) + completion.cost_usd
+        _count(state, completion)
         if checkpoint is not None:
             checkpoint.add_embeddings(state.plan.keys[numbers], found)
 
