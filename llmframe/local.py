@@ -394,9 +394,11 @@ def _pips() -> Iterator[list[str]]:
 
 def _largest_wheel(folder: Path) -> int:
     sizes = [0]
-    for file in folder.rglob("*.whl"):
-        with contextlib.suppress(OSError):  # moved since it was seen
-            sizes.append(file.stat().st_size)
+    for path, _, names in os.walk(folder):  # not `rglob`: it ends in an error where pip removes a folder meanwhile
+        for name in names:
+            if name.endswith(".whl"):
+                with contextlib.suppress(OSError):  # moved since it was seen
+                    sizes.append(os.path.getsize(os.path.join(path, name)))
     return max(sizes)
 
 

@@ -223,6 +223,25 @@ def test_an_environment_without_pip_fetches_with_the_one_python_brings(
     assert index.downloads == 1
 
 
+def test_a_look_at_how_far_pip_is_meets_a_folder_that_pip_removes(tmp_path: Path) -> None:
+    done = threading.Event()
+
+    def unpack_and_tidy() -> None:
+        while not done.is_set():
+            for number in range(20):
+                (tmp_path / f"pip-unpack-{number}").mkdir()
+            for number in range(20):
+                (tmp_path / f"pip-unpack-{number}").rmdir()
+
+    pip = threading.Thread(target=unpack_and_tidy)
+    pip.start()
+    try:
+        assert {local._largest_wheel(tmp_path) for _ in range(500)} == {0}
+    finally:
+        done.set()
+        pip.join()
+
+
 def test_no_pip_at_all_says_what_to_run(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pip", None)
     monkeypatch.setitem(sys.modules, "ensurepip", None)

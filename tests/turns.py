@@ -20,10 +20,15 @@ import llmframe
 from llmframe import loops
 
 def watch(flag):
-    \"\"\"Touch a file when the run that comes next has met a failure.\"\"\"
+    \"\"\"Touch a file when the run that comes next has met a failure, and has what was on its way before.\"\"\"
     before = llmframe.runner._last
+    def met():
+        if llmframe.runner._last is before:
+            return False
+        tally = llmframe.last_run()._state.tally
+        return tally.failures and not tally.in_flight
     def look():
-        while llmframe.runner._last is before or not llmframe.last_run()._state.tally.failures:
+        while not met():
             time.sleep(0.01)
         pathlib.Path(flag).touch()
     threading.Thread(target=look, name="watch", daemon=True).start()
