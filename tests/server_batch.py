@@ -745,6 +745,14 @@ class BatchServer(ServerProcess):
         found: list[str] = self._ask("/_stats")["log"]
         return found
 
+    def wait_for_a_look(self, timeout_s: float = 60.0) -> None:
+        """Wait until somebody has lately looked how a batch is."""
+        until = time.monotonic() + timeout_s
+        while not any(line.startswith("GET /v1/batches/") for line in self.log()[-3:]):
+            if time.monotonic() > until:
+                raise TimeoutError(f"nobody looked in {timeout_s} s; the last requests were {self.log()[-3:]}")
+            time.sleep(0.01)
+
     def _ask(self, path: str, body: Any = None) -> Any:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
         try:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -337,8 +338,10 @@ def test_an_output_file_that_is_gone_leaves_its_rows_to_be_asked_again(
     with openai.OpenAI(base_url=server.base_url, api_key="any") as client:
         server.change(validate_s=0.3)
         lost = submit(server, frame, tmp_path)
+        until = time.monotonic() + 60
         while not lost.ended and server.batches()[0]["status"] != "completed":
-            pass
+            assert time.monotonic() < until
+            time.sleep(0.01)
         client.files.delete(server.batches()[0]["output_file_id"])
     assert set(lost.wait().frame()["response_error"]) == {"not asked: the batch (completed) gave no line for it"}
     assert lost.resubmit().wait().counts == {"ok": 10}
@@ -571,8 +574,7 @@ def test_waiting_survives_an_endpoint_that_is_away(server: BatchServer, frame: p
         "print(job.wait().counts, flush=True)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, job.directory], stdout=subprocess.PIPE, text=True)
-    while not [line for line in server.log()[-3:] if line.startswith("GET /v1/batches/")]:
-        pass
+    server.wait_for_a_look()
     server.change(status_all=None)
     said, _ = process.communicate(timeout=60)
     assert said == "{'ok': 10}\n"

@@ -22,11 +22,12 @@ from jupyter_client.manager import KernelManager
 from tests import turns
 from tests.keys import keys_in
 from tests.server import SimulatedServer
+from tests.server_batch import BatchServer
+from tests.turns import STOPPED_S
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(jupyter_client|zmq|tornado).*")
 
 CELL_S = 60.0  # for a cell on a machine that is busy with other tests
-STOPPED_S = 2.0  # from the interrupt to the end of the cell
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -390,3 +391,32 @@ def test_tab_after_the_accessor_shows_its_verbs_and_a_question_mark_what_they_ta
     shown = {name.rpartition(".")[2] for name in shared_kernel.completions("words.llm.")}
     assert {"complete", "estimate", "messages", "review"} <= shown
     assert "checkpoint" in shared_kernel.reference("words.llm.complete")
+
+
+def test_an_interrupted_wait_for_a_batch_says_how_to_come_back_and_the_job_goes_on(
+    shared_kernel: Kernel, tmp_path: Path
+) -> None:
+    with BatchServer(stop_after=2) as provider:
+        submitted = shared_kernel.run(f"""
+texts = pd.DataFrame({{"text": [f"a batch from a cell, row {{i}}" for i in range(6)]}})
+where = dict(base_url={provider.base_url!r}, api_key="sk-test-batch", poll_s=0.05)
+job = texts.llm.submit_batch("{{text}}", model="m", job={str(tmp_path / "job")!r}, **where)
+show(len(job.parts))
+""")
+        assert submitted.value == 1
+        waiting = shared_kernel.start("job.wait()")
+        provider.wait_for_a_look()
+        began = time.monotonic()
+        shared_kernel.interrupt()
+        stopped = shared_kernel.finish(waiting)
+        assert time.monotonic() - began < STOPPED_S
+        assert stopped.error == "Interrupted"
+        assert "the job goes on at the provider" in stopped.message
+        assert f"llmframe.BatchJob.open({str(tmp_path / 'job')!r}" in stopped.message
+        provider.change(stop_after=None)
+        again = shared_kernel.run(f"""
+job = llmframe.BatchJob.open({str(tmp_path / "job")!r}, **where)
+show([job.wait().counts, len(job.frame()["response"].dropna())])
+""")
+        assert again.value == [{"ok": 6}, 6]
+        assert set(provider.paid().values()) == {1}

@@ -30,8 +30,8 @@ import llmframe
 from llmframe import engine, loops
 from tests import turns
 from tests.server import SimulatedServer
+from tests.turns import STOPPED_S
 
-STOPPED_S = 2.0  # from an interrupt to the exception
 SCRIPT_S = 60.0  # for a process on a machine that is busy with other tests
 ROOT = Path(__file__).resolve().parent.parent
 

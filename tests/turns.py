@@ -5,6 +5,7 @@ The run is made elsewhere (a script, a kernel); the code here is put before it t
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from tests.server import SimulatedServer
 
 TURNS = ("retry after a minute", "down", "gone")
 ROWS = 200
+STOPPED_S = 5.0 if "PYTEST_XDIST_WORKER" in os.environ else 2.0
+"""From an interrupt to the end of a cell or a script: 2 s, and more where tests share the processors with others."""
 MET_S = 30.0  # from the turn until the run has met it, on a machine that is busy with other tests
 
 WATCH = """
