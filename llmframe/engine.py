@@ -130,7 +130,7 @@ class Job:
     attempts, strikes, timeouts, refusals : int
         Requests sent; failures that count against the most a row may have; attempts that timed out; that met a limit.
     started : float
-        When the last attempt began.
+        When the last attempt was let in.
     answered_before : int
         How many answers the run had when the row was last refused, or taken up.
     deadline : asyncio.Timeout or None
@@ -278,7 +278,7 @@ class Crew:
                 self._hire()
                 if not await self._afford(job):
                     continue  # it was divided, or the run is over
-                await self._line.enter(job.tokens)
+                job.started = await self._line.enter(job.tokens)
                 await self._attempt(job)
         except Exception as error:
             self._stop(error)
@@ -335,7 +335,6 @@ class Crew:
         task = asyncio.current_task()
         assert task is not None
         job.attempts += 1
-        job.started = self._loop.time()
         self._tally.sent += 1
         self._flying[job] = task
         wrote = _Once(self._line.wrote) if self._line.pacer.capped else None
@@ -353,13 +352,13 @@ class Crew:
         if wrote is not None:
             wrote()  # it may have failed before
         self._charge(job, reply, payload, outcome)
-        latency_s = self._loop.time() - job.started
+        now = self._loop.time()
         if reply is not None:
             self._unreached_since = None
         if isinstance(outcome, Failure):
-            await self._failed(job, reply, outcome, latency_s)
+            await self._failed(job, reply, outcome, now)
         else:
-            self._answered(job, reply, payload, outcome, latency_s)
+            self._answered(job, reply, payload, outcome, now)
 
     async def _ask(self, job: Job, wrote: Wrote | None) -> tuple[Reply | None, Any, Completion | Failure]:
         """Send a request, and judge what comes back: the reply, its JSON, and what it means."""
@@ -391,13 +390,14 @@ class Crew:
             return reply, payload, failure
         return reply, payload, completion
 
-    def _answered(self, job: Job, reply: Reply | None, payload: Any, completion: Completion, latency_s: float) -> None:
+    def _answered(self, job: Job, reply: Reply | None, payload: Any, completion: Completion, now: float) -> None:
         used = None
         if completion.prompt_tokens is not None:
             used = completion.prompt_tokens + (completion.completion_tokens or 0)
         self._line.answered = True
+        latency_s = now - job.started
         self._line.pacer.answered(
-            self._loop.time(),
+            now,
             latency_s=latency_s,
             reserved=job.tokens,
             used=used,
@@ -426,11 +426,11 @@ class Crew:
         self._due.append(job)
         self._hire()
 
-    async def _failed(self, job: Job, reply: Reply | None, failure: Failure, latency_s: float) -> None:
+    async def _failed(self, job: Job, reply: Reply | None, failure: Failure, now: float) -> None:
         self._tally.failures[failure.kind] += 1
         self._tally.maybe_billed += _may_be_billed(reply, failure)
         self._trouble = failure.message
-        asked_s = self._tell_pacer(job, reply, failure, latency_s)
+        asked_s = self._tell_pacer(job, reply, failure, now)
         if self._ask_again is not None:
             body = self._ask_again.fallen_back(job.number, job.form, failure)
             if body is not None and not self._finished.done():
@@ -449,10 +449,9 @@ class Crew:
         else:
             self._later[job] = self._loop.call_later(wait_s, self._retry, job)
 
-    def _tell_pacer(self, job: Job, reply: Reply | None, failure: Failure, latency_s: float) -> float | None:
+    def _tell_pacer(self, job: Job, reply: Reply | None, failure: Failure, now: float) -> float | None:
         """Report a failed attempt; give the seconds that the endpoint asks to wait."""
-        now = self._loop.time()
-        pacer = self._line.pacer
+        pacer, latency_s = self._line.pacer, now - job.started
         if failure.verdict != "retry" or failure.kind in failures.REPLICA:
             pacer.released(now, latency_s=latency_s, reserved=job.tokens, alive=reply is not None)
             return None

@@ -47,7 +47,7 @@ class Line:
         if isinstance(self.transport, ReplicaTransport):
             self.transport.note = lambda words: self.pacer.note(self._loop.time(), words)
         self.answered = False
-        self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
+        self._waiting: deque[tuple[asyncio.Future[float], int]] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._ticker: asyncio.Task[None] | None = None
         self._on_tick: set[Callable[[float], None]] = set()
@@ -77,17 +77,17 @@ class Line:
                 self._ticker = None
             self.admit()  # nobody waits any more: no timer is left behind
 
-    async def enter(self, tokens: int) -> None:
-        """Wait until a request may be sent; from then on it counts as in flight."""
+    async def enter(self, tokens: int) -> float:
+        """Wait until a request may be sent; from then on, which is what it gives, it counts as in flight."""
         now = self._loop.time()
         if not self._waiting and self.pacer.wait_s(now, tokens) <= 0.0:
             self.pacer.sent(now, tokens, written=not self.pacer.capped)
-            return
-        ticket: asyncio.Future[None] = self._loop.create_future()
+            return now
+        ticket: asyncio.Future[float] = self._loop.create_future()
         self._waiting.append((ticket, tokens))
         self.admit()
         try:
-            await ticket
+            return await ticket
         except asyncio.CancelledError:
             if ticket.done() and not ticket.cancelled():  # let in and cancelled in the same turn of the loop
                 self.wrote()
@@ -109,7 +109,7 @@ class Line:
                         self._timer = self._loop.call_later(wait_s, self.admit)
                     return
                 self.pacer.sent(now, tokens, written=not self.pacer.capped)
-                ticket.set_result(None)
+                ticket.set_result(now)
             self._waiting.popleft()
 
     def wrote(self) -> None:

@@ -6,7 +6,7 @@ Pure. An endpoint that queues silently is kept full and not flooded; one that do
 from __future__ import annotations
 
 import math
-from collections import deque
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,19 +28,21 @@ SPREAD = 2.25  # times the square root of the requests at work may wait: no slot
 LATE_S = 0.005  # and so many seconds' worth, for a client that is late by that much
 FAST_S = 0.02  # but never less than so many seconds' worth: a queue of that length delays nobody
 
-GROWING = 0.25  # of the growth in flight must come back as growth in speed, or the knee is passed
+GROWING = 0.3  # of the growth in flight must come back as growth in speed, or the knee is passed
 GROWING_AGAIN = 0.4  # where it had been passed before: chance must not move it
 MORE = 0.1  # log of a growth in flight that can be judged
-SURE = 1.2  # times as many at work as before is proof that growth helps
-LATELY = 0.9  # of the base latency is looked back on: answers that come in waves must not count twice
+SURE = 1.2  # times the speed before is proof that growth helps
 UNSURE = 1.4  # times the window is as far as it grows without that proof
+AVERAGED = 4  # the present speed is an average over such a part of a window: of a wave each answer sees another one
+KEPT = 50_000  # answers whose time is known: more than come while one of them is out
 BRAKE = 0.3  # log of the slow-down at which a growing window waits for its judgement
 BATCHING = 0.15  # log of a gain in speed that is worth slower answers
 
 ROOM = math.log(1.13)  # answers no slower than that show that nothing queues
-SUDDEN = 0.2  # log of a drop in latency that is no chance
+SUDDEN = 0.2  # log by which the first answers are faster where the others queued
 QUEUED = math.log(1.8)  # answers slower than that show a long queue, or that they have become another kind
 HELD = math.log(0.85)  # of the speed is all of it: fewer in flight made no difference
+FALLEN = 0.5  # of the speed that a probe's fewer in flight explain: it is the endpoint that has become slower
 NOISE = 0.07  # log of a change of latency that means nothing
 MORE_SHARE, FEWER_SHARE = 1.25, 1.3  # a probe has so many times more in flight, and then so many times fewer
 PROBE_S = 10.0  # between probes
@@ -50,15 +52,39 @@ DOUBTFUL_S, DOUBTFUL_WINDOWS = 2.0, 4  # until the next one, where a probe chang
 FEW_IN_FLIGHT = 6  # are not worth a probe
 
 
-class Epoch:
-    """What was seen since a moment."""
+class Answers:
+    """When answers came."""
 
-    __slots__ = ("answers", "began", "full", "load", "logs", "seconds", "squares")
+    __slots__ = ("_times",)
+
+    def __init__(self) -> None:
+        self._times: list[float] = []
+
+    def came(self, now: float) -> None:
+        """Count one."""
+        self._times.append(now)
+        if len(self._times) > KEPT:
+            del self._times[: KEPT // 2]
+
+    def since(self, time_s: float) -> int:
+        """Give how many came after that."""
+        return len(self._times) - bisect_right(self._times, time_s)
+
+
+class Epoch:
+    """What was seen since a moment.
+
+    The speed is what the answers themselves saw: those that came while one was out, by the seconds that it was out.
+    By the clock it would depend on how many waves of answers happen to fall between two moments.
+    """
+
+    __slots__ = ("answers", "began", "full", "load", "logs", "passed", "seconds", "squares")
 
     def __init__(self, began: float, load: int) -> None:
         self.began = began
         self.load = max(1, load)  # in flight at the beginning: what the answers of an epoch were sent beside
         self.answers = self.full = 0
+        self.passed = 0  # answers that came while each of these was out, itself included
         self.seconds = 0.0  # the latencies' sum
         self.logs = self.squares = 0.0  # of their logarithms, which a few slow answers do not sway
 
@@ -68,10 +94,12 @@ class Epoch:
         spread = math.sqrt(max(0.0, self.squares / self.answers - log * log))
         return Sample(
             load=self.load,
+            beside=self.passed / self.answers,
             log=log,
             spread=spread,
             error=spread / math.sqrt(self.answers),
-            speed=self.answers / (now - self.began),
+            speed=self.passed / self.seconds,
+            present=min(self.passed / self.seconds, self.answers / (now - self.began)),
         )
 
 
@@ -81,19 +109,21 @@ class Sample:
 
     Attributes
     ----------
-    load : int
-        In flight.
+    load, beside : int, float
+        In flight at its beginning; on average while its answers were out, which is less in a growing window.
     log, spread, error : float
         Of the latency's logarithm the mean, the standard deviation, and the mean's error.
-    speed : float
-        Answers a second.
+    speed, present : float
+        Answers a second; the same where it has just fallen, which those that were out before have not seen.
     """
 
     load: int
+    beside: float
     log: float
     spread: float
     error: float
     speed: float
+    present: float
 
 
 class First:
@@ -168,7 +198,10 @@ class Window:
         self._epoch = Epoch(now, 0)
         self._settling = 0  # answers yet to come that belong to the size before
         self._recent: float | None = None  # log latency of the last few answers
-        self._lately: deque[float] = deque()  # when answers came, within the base latency: so many are at work
+        self._answers = Answers()
+        self._passed = self._seconds = (
+            0.0  # of the last few answers: those that came while each was out, and for how long
+        )
         # start
         self._began: float | None = None
         self._firsts = (First(4), First(8), First(START_AT_ONCE))
@@ -177,7 +210,7 @@ class Window:
         self._grew = now
         self._proof = 0.0  # more at work than that show that growth helps
         self._limit = 2.0 * self.size  # of growth without that proof
-        self._before: tuple[float, int, int] | None = None  # speed, load and what was at work
+        self._before: tuple[float, float] | None = None  # speed and load
         # probe
         self._load = 0  # in flight before it
         self._probe_rarely = 1.0  # so many times less often than at first
@@ -186,7 +219,11 @@ class Window:
         # hold
         self._usual: float | None = None  # log latency
         self._slow = True  # the last epoch was, or there was none
-        self._sudden = -math.inf  # below it the recent latency shows that nothing queues any more
+
+    @property
+    def _working(self) -> float:
+        """Requests that the endpoint was lately at work on, by Little's law with the latency without a queue."""
+        return 0.0 if self._base is None else self._passed / self._seconds * math.exp(self._base)
 
     @property
     def usual_s(self) -> float | None:
@@ -252,15 +289,15 @@ class Window:
         allowed : float
             The same by headers or refusals; infinite where neither say.
         """
-        log = math.log(max(latency_s, 1e-6))
+        self._answers.came(now)
+        seconds, passed = max(latency_s, 1e-6), self._answers.since(now - latency_s)
+        log = math.log(seconds)
+        part = AVERAGED / max(self.size, AVERAGED**2) if self._seconds else 1.0
+        self._passed += (passed - self._passed) * part
+        self._seconds += (seconds - self._seconds) * part
         self._recent = log if self._recent is None else self._recent + (log - self._recent) / EVIDENCE
-        self._lately.append(now)
         if self._phase == "start" or not self._began_well:
             self._note_first(now, now - latency_s, log)
-        if self._base is not None:
-            since = now - LATELY * math.exp(self._base)
-            while self._lately[0] < since:
-                self._lately.popleft()
         if self._settling:
             self._settling -= 1
             if not self._settling:
@@ -268,16 +305,15 @@ class Window:
             return ""
         epoch = self._epoch
         epoch.answers += 1
-        epoch.seconds += max(latency_s, 1e-6)
+        epoch.passed += passed
+        epoch.seconds += seconds
         epoch.logs += log
         epoch.squares += log * log
-        if wanted and in_flight >= FULL * int(self.size):
+        # The first answers come in a bunch, all of them before any of the next requests is sent.
+        if wanted and (self._phase == "start" or in_flight >= FULL * int(self.size)):
             epoch.full += 1
-            if not busy:
-                if self._phase == "start" or self._phase == "grow":
-                    self._grow(now, self._recent, welcome)
-                elif self._phase == "hold" and self._recent < self._sudden:
-                    return self._look_for_room(now, in_flight, "room")
+            if not busy and (self._phase == "start" or self._phase == "grow"):
+                self._grow(now, self._recent, welcome)
         self._grew = now
         if self._base is None:
             if epoch.answers == 1:
@@ -349,29 +385,31 @@ class Window:
         if full:
             load = max(epoch.load, int(min(START, self._most)))
             self._limit = math.inf
-            self._at_work, self._speed = load, load * epoch.answers / epoch.seconds  # Little's law
-            self._before = (self._speed, load, load)
+            # Little's law, by the first if these were faster: a client short of CPU makes the others look slow.
+            self._at_work, self._speed = load, load / min(epoch.seconds / epoch.answers, math.exp(first))
+            self._before = (self._speed, load)
 
     def _judge_growth(self, now: float, sample: Sample, base: float, in_flight: int, busy: bool) -> str:
-        load, speed, at_work = sample.load, sample.speed, len(self._lately)
+        load, speed = sample.beside, sample.speed
         if self._before is None:
-            self._before = (speed, load, at_work)
+            self._before = (speed, load)
             if not self._speed:
                 self._at_work, self._speed = load, speed
             return ""
-        speed_before, load_before, at_work_before = self._before
+        speed_before, load_before = self._before
         more, faster = math.log(load / load_before), math.log(speed / speed_before)
         if more < MORE and (sample.log < base + BRAKE or in_flight > SURE * load) and not busy:
             return ""  # what it has grown to since is yet to be seen
         if not self._began_well:
             return ""  # the base may be too low, with the slow ones among the first still out
         share = GROWING if self._limit == math.inf else GROWING_AGAIN
-        helped = (more >= MORE and faster >= share * more) or at_work > max(SURE * at_work_before, self._proof)
+        sure = speed > SURE * speed_before and self._working > self._proof > 0
+        helped = sure or (more >= MORE and faster >= share * more)
         if helped and not busy:
             self._limit = math.inf
-            self._before = (speed, load, at_work)
+            self._before = (speed, load)
             self._at_work, self._speed = load, speed
-            if faster > BATCHING and sample.log > base:
+            if faster > max(BATCHING, GROWING_AGAIN * more) and sample.log > base:
                 self._base, self._error = sample.log, sample.error
             return "grow"
         self._hold(now, min(load, self._at_work * max(1.0, speed / self._speed)), speed, in_flight)
@@ -379,6 +417,8 @@ class Window:
 
     def _judge_probe(self, now: float, sample: Sample, base: float, in_flight: int) -> str:
         log, speed, load = sample.log, sample.speed, sample.load
+        if speed < FALLEN * self._speed * load / self._load:
+            speed = self._speed = sample.present
         fastest, held = max(speed, self._speed), math.log(speed / self._speed) > HELD
         doubt = math.hypot(sample.error, self._error)
         if held and log > with_grace(base) + NOISE + 2 * doubt:
@@ -399,10 +439,9 @@ class Window:
         log = sample.log
         usual, self._usual = self._usual, log if self._usual is None else self._usual + 0.3 * (log - self._usual)
         self._speed = sample.speed if usual is None else self._speed + 0.3 * (sample.speed - self._speed)
-        expected = LATELY * self._speed * math.exp(base)
+        expected = self._speed * math.exp(base)
         self._proof = expected + max(0.25 * expected, 4 * sample.spread * math.sqrt(expected))
         half = base + max(ROOM, 0.5 * (self._usual - base))
-        self._sudden = min(self._usual - max(SUDDEN, 0.7 * sample.spread), half)
         doubt = math.hypot(sample.error, self._error)
         dropped = usual is not None and log < usual - ROOM and log < half
         meant = math.log(max(1.0, self.size / self._at_work))  # the queue that is meant to be there
@@ -410,7 +449,7 @@ class Window:
             return self._look_for_room(now, in_flight, "room")
         was_slow, self._slow = self._slow, log - 2 * doubt > with_grace(base) + QUEUED
         if self._slow and was_slow:  # twice, so that the speed to compare with is the present one
-            self._hold(now, max(self.size / 2, sample.speed * math.exp(base)), sample.speed, in_flight)
+            self._hold(now, max(self.size / 2, sample.present * math.exp(base)), sample.present, in_flight)
             return self._have_fewer(in_flight, "slower")
         if now < self._probe_at or self.size < FEW_IN_FLIGHT or busy:
             return ""
@@ -427,14 +466,14 @@ class Window:
         limit = self._limit
         if welcome:
             limit = self._most
-        elif self._base is not None and (limit == math.inf or len(self._lately) > self._proof):
-            limit = 2.0 * len(self._lately) / LATELY
+        elif self._base is not None and (limit == math.inf or self._working > self._proof):
+            limit = 2.0 * self._working
         more = max(2.0, welcome * min(1.0, now - self._grew))
         self.size = min(self._most, max(self.size, limit), self.size + more)
 
     def _look_for_room(self, now: float, in_flight: int, decision: str, share: float = UNSURE) -> str:
         self._phase, self._limit = "grow", share * self.size
-        self._before = (self._speed, in_flight, len(self._lately))
+        self._before = (self._speed, in_flight)
         self._epoch = Epoch(now, in_flight)
         return decision
 
@@ -447,7 +486,7 @@ class Window:
 
     def _hold(self, now: float, at_work: float, speed: float, in_flight: int) -> None:
         """Keep as many in flight as are worked on at one time, and a few more."""
-        self._phase, self._usual, self._sudden, self._proof, self._slow = "hold", None, -math.inf, 0.0, True
+        self._phase, self._usual, self._proof, self._slow = "hold", None, 0.0, True
         self._began_well = True
         self._at_work, self._speed = at_work, speed
         size = max(at_work + SPREAD * math.sqrt(at_work) + LATE_S * speed, FAST_S * speed, 1.0)

@@ -185,6 +185,7 @@ class Simulation:
         pacer: Pacer | None = None,
         caps: Caps | None = None,
         client_s: float = 0.0003,
+        connect_s: float = 0.0,
         stop_s: float = 5000.0,
     ) -> None:
         self.server = server
@@ -192,6 +193,8 @@ class Simulation:
         self.now = 0.0
         self.pacer = Pacer(caps or Caps(), 0.0) if pacer is None else pacer
         self.client_s = client_s  # of CPU for one request
+        self.connect_s = connect_s  # of CPU for one connection
+        self._connections = 0
         self.stop_s = stop_s
         self.out = Outcome(0.0, self.pacer)
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -263,6 +266,9 @@ class Simulation:
         request.sent_s, request.flying, request.headers = now, True, None
         request.attempts += 1
         self._flying[request] = None
+        if len(self._flying) > self._connections:
+            self._connections += 1
+            self._take_cpu(self.connect_s)
         out.sent_s.append(now)
         if not out.course or now - out.course[-1][0] >= COURSE_S:
             out.course.append((now, pacer.in_flight))

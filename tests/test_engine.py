@@ -19,7 +19,7 @@ from llmframe.endpoint import resolve
 from llmframe.engine import ALIKE, Crew, Job, Policy, Read, Tally
 from llmframe.errors import EndpointError
 from llmframe.lines import close_lines, line_to
-from llmframe.pacing import Caps
+from llmframe.pacing import Caps, Pacer
 from llmframe.results import Completion
 from llmframe.window import START
 from tests.server import SimulatedServer
@@ -193,6 +193,27 @@ def test_latency_is_that_of_the_attempt_that_answered(server: SimulatedServer) -
     server.reset(latency_s=0.05)
     ran = ask(server, ["[[fail_first=2]] a"])
     assert ran.outcomes[0].latency_s == pytest.approx(0.05, abs=0.045)
+
+
+def test_the_pacer_knows_each_answer_by_the_moment_it_was_told_of_the_request(
+    server: SimulatedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[float] = []
+    answered: list[float] = []
+    is_sent, is_answered = Pacer.sent, Pacer.answered
+
+    def note_sent(pacer: Pacer, now: float, tokens: int, **rest: object) -> None:
+        sent.append(now)
+        is_sent(pacer, now, tokens, **rest)
+
+    def note_answered(pacer: Pacer, now: float, *, latency_s: float, **rest: object) -> None:
+        answered.append(now - latency_s)
+        is_answered(pacer, now, latency_s=latency_s, **rest)
+
+    monkeypatch.setattr(Pacer, "sent", note_sent)
+    monkeypatch.setattr(Pacer, "answered", note_answered)
+    ask(server, rows(200))
+    assert sorted(answered) == pytest.approx(sorted(sent), abs=1e-6)
 
 
 def test_x_should_retry_false_gives_up_what_would_be_tried_again(server: SimulatedServer) -> None:
