@@ -11,7 +11,7 @@ from dataclasses import dataclass
 SUSPECT = 3  # failures in a row after which sending waits for a sign of life
 DOWN = 8  # failures in a row that are an outage
 DOWN_ALONE = 5  # and fewer where nothing else is in flight that could tell
-PROBE_S = 0.6  # between probes: full speed is back within a second
+PROBE_S = 0.75  # between probes: full speed is back within a second
 LATER_S, PROBE_LATER_S = 60.0, 2.0  # a longer outage is probed less
 PROBE_LOST_S = 5.0  # a probe that is out for so long is no reason not to send another
 

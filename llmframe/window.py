@@ -29,7 +29,7 @@ LATE_S = 0.005  # and so many seconds' worth, for a client that is late by that 
 FAST_S = 0.02  # but never less than so many seconds' worth: a queue of that length delays nobody
 
 GROWING = 0.3  # of the growth in flight must come back as growth in speed, or the knee is passed
-GROWING_AGAIN = 0.4  # where it had been passed before: chance must not move it
+GROWING_AGAIN = 0.4  # at first, and where it had been passed before: chance must not move it
 MORE = 0.1  # log of a growth in flight that can be judged
 SURE = 1.2  # times the speed before is proof that growth helps
 UNSURE = 1.4  # times the window is as far as it grows without that proof
@@ -41,7 +41,7 @@ BATCHING = 0.15  # log of a gain in speed that is worth slower answers
 ROOM = math.log(1.13)  # answers no slower than that show that nothing queues
 SUDDEN = 0.2  # log by which the first answers are faster where the others queued
 QUEUED = math.log(1.8)  # answers slower than that show a long queue, or that they have become another kind
-HELD = math.log(0.85)  # of the speed is all of it: fewer in flight made no difference
+HELD = -math.log(0.85)  # of the speed is all of it: fewer in flight made no difference
 FALLEN = 0.5  # of the speed that a probe's fewer in flight explain: it is the endpoint that has become slower
 NOISE = 0.07  # log of a change of latency that means nothing
 MORE_SHARE, FEWER_SHARE = 1.25, 1.3  # a probe has so many times more in flight, and then so many times fewer
@@ -384,7 +384,6 @@ class Window:
         self._phase = "grow"
         if full:
             load = max(epoch.load, int(min(START, self._most)))
-            self._limit = math.inf
             # Little's law, by the first if these were faster: a client short of CPU makes the others look slow.
             self._at_work, self._speed = load, load / min(epoch.seconds / epoch.answers, math.exp(first))
             self._before = (self._speed, load)
@@ -419,7 +418,8 @@ class Window:
         log, speed, load = sample.log, sample.speed, sample.load
         if speed < FALLEN * self._speed * load / self._load:
             speed = self._speed = sample.present
-        fastest, held = max(speed, self._speed), math.log(speed / self._speed) > HELD
+        slower = math.log(self._speed / speed)
+        fastest, held = max(self._speed, speed), slower < HELD
         doubt = math.hypot(sample.error, self._error)
         if held and log > with_grace(base) + NOISE + 2 * doubt:
             self._hold(now, max(load / 2, speed * math.exp(base)), fastest, in_flight)

@@ -290,10 +290,10 @@ def test_a_lone_row_that_fails_five_times_is_an_outage_and_one_answer_ends_it() 
         now += 1.0
     down_since = pacer.down_since
     assert down_since == 4.1
-    assert pacer.wait_s(4.1, 10) == pytest.approx(0.6)
-    pacer.sent(4.7, 10)
-    assert pacer.wait_s(4.75, 10) == math.inf  # one probe at a time
-    pacer.answered(4.9, latency_s=0.2, reserved=10, used=10, headers=None)
+    assert pacer.wait_s(4.1, 10) == pytest.approx(0.75)
+    pacer.sent(4.85, 10)
+    assert pacer.wait_s(4.9, 10) == math.inf  # one probe at a time
+    pacer.answered(5.0, latency_s=0.15, reserved=10, used=10, headers=None)
     assert pacer.down_since is None
     assert [moment.decision for moment in pacer.timeline] == ["down: connection", "up again"]
 
