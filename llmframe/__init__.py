@@ -6,7 +6,6 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from llmframe import local
 from llmframe.accessor import LLMFrame, LLMSeries
 from llmframe.arrivals import await_dask
 from llmframe.checkpoint import read_checkpoint
@@ -27,13 +26,14 @@ from llmframe.lists import acomplete, complete
 from llmframe.options import configure
 from llmframe.report import Run
 from llmframe.results import Completion, Usage
-from llmframe.review import Review
 from llmframe.runner import last_run
 from llmframe.vectors import similarity
 
 if TYPE_CHECKING:
+    from llmframe import local
     from llmframe.batch import BatchJob
     from llmframe.jobs import JobResult, run
+    from llmframe.review import Review
 
 __all__ = [
     "BatchJob",
@@ -65,15 +65,22 @@ __all__ = [
     "similarity",
 ]
 
-# What most calls do without is imported when it is named: together a fifth of the time that the rest takes.
-_LATER = {"BatchJob": "llmframe.batch", "JobResult": "llmframe.jobs", "run": "llmframe.jobs"}
+# What most calls do without is imported when it is named: together a third of the time that the rest takes.
+_LATER = {
+    "BatchJob": "llmframe.batch",
+    "JobResult": "llmframe.jobs",
+    "Review": "llmframe.review",
+    "local": "llmframe.local",
+    "run": "llmframe.jobs",
+}
 
 if not TYPE_CHECKING:  # a checker would take it that any name is there
 
     def __getattr__(name: str) -> object:
         if name not in _LATER:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        globals()[name] = found = getattr(import_module(_LATER[name]), name)
+        module = import_module(_LATER[name])
+        globals()[name] = found = module if name == "local" else getattr(module, name)
         return found
 
     def __dir__() -> list[str]:

@@ -25,11 +25,11 @@ from llmframe.options import (
 from llmframe.planning import prompts_of, select
 from llmframe.prompts import Missing, Prompt, Prompts
 from llmframe.results import typed
-from llmframe.review import Review, review
 from llmframe.texts import Texts
 
 if TYPE_CHECKING:
     from llmframe.batch import BatchJob
+    from llmframe.review import Review
 
 
 @pd.api.extensions.register_dataframe_accessor("llm")
@@ -372,6 +372,8 @@ class LLMFrame:
         if prompt is None and system is not None:
             raise ConfigurationError("system= shows nothing without the prompt; pass both as `complete` had them")
         prompts = None if prompt is None else Prompts(self._frame, prompt, system=system)
+        from llmframe.review import review
+
         return review(self._frame, output, prompts, rows=rows, seed=seed)
 
     def _call(self, prompt: Prompt, keywords: dict[str, Any]) -> tuple[Prompts, Options]:
