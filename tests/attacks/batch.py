@@ -3,6 +3,7 @@
 Nothing is submitted twice, whatever a kill leaves open, and the frame is that of an undisturbed job.
 
     python -m tests.attacks.batch                 # 120,000 rows: three files, and memory that does not grow with them
+    python -m tests.attacks.batch --rows 60000 --characters 4000
     python -m tests.attacks.batch --kills 200     # that many kills, up to three of them in one job
 """
 
@@ -154,10 +155,11 @@ def _when_let(work: Work, gate: Any, url: str, job: str, marks: Any, kill_at: in
     work.do(url, job, marks, kill_at)
 
 
-def large(rows: int) -> int:
+def large(rows: int, characters: int) -> int:
     """Submit so many rows and take their answers; what it took."""
     with BatchServer() as server, tempfile.TemporaryDirectory() as place:
-        frame = pd.DataFrame({"text": [f"row {number}: what is to be said of it" for number in range(rows)]})
+        texts = [f"row {number}: what is to be said of it".ljust(characters, ".") for number in range(rows)]
+        frame = pd.DataFrame({"text": texts})
         started = time.monotonic()
         job = frame.llm.submit_batch(
             "{text}", model=MODEL, base_url=server.base_url, api_key="sk-test", job=f"{place}/job", poll_s=0.2
@@ -215,10 +217,11 @@ def main() -> int:
     """Run the attack from a shell; 1 where a promise was broken."""
     parser = argparse.ArgumentParser(prog="python -m tests.attacks.batch", description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=120_000)
+    parser.add_argument("--characters", type=int, default=0, help="of a text, at least: 4000 fill files of 200 MB")
     parser.add_argument("--kills", type=int, help="kill so many times instead")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
-    return large(chosen.rows) if chosen.kills is None else many_kills(chosen.kills, chosen.seed)
+    return large(chosen.rows, chosen.characters) if chosen.kills is None else many_kills(chosen.kills, chosen.seed)
 
 
 if __name__ == "__main__":
