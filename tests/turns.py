@@ -28,8 +28,8 @@ def watch(flag):
     def met():
         if llmframe.runner._last is before:
             return False
-        tally = llmframe.last_run()._state.tally
-        return tally.failures and not tally.in_flight
+        state = llmframe.last_run()._state
+        return state.tally.failures and not state.pacer.in_flight  # the tally's own is of the last tick
     def look():
         while not met():
             time.sleep(0.01)
