@@ -404,7 +404,9 @@ class Window:
         share = GROWING if self._limit == math.inf else GROWING_AGAIN
         sure = speed > SURE * speed_before and self._working > self._proof > 0
         helped = sure or (more >= MORE and faster >= share * more)
-        if helped and not busy:
+        if helped and busy:
+            return ""  # it may be the new connections that take the CPU; nothing grows until it is free again
+        if helped:
             self._limit = math.inf
             self._before = (speed, load)
             self._at_work, self._speed = load, speed
