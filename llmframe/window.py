@@ -290,7 +290,8 @@ class Window:
             The same by headers or refusals; infinite where neither say.
         """
         self._answers.came(now)
-        seconds, passed = max(latency_s, 1e-6), self._answers.since(now - latency_s)
+        # Itself at least: a clock that ticks 64 times a second, as on Windows, may not have moved since it was sent.
+        seconds, passed = max(latency_s, 1e-6), max(1, self._answers.since(now - latency_s))
         log = math.log(seconds)
         part = AVERAGED / max(self.size, AVERAGED**2) if self._seconds else 1.0
         self._passed += (passed - self._passed) * part

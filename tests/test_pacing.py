@@ -211,6 +211,16 @@ def test_a_server_that_batches_gets_more_as_long_as_that_is_faster() -> None:
         assert out.rate_between(20, 40) >= 0.55 * fastest
 
 
+def test_a_clock_too_coarse_to_time_an_answer_stops_nothing() -> None:
+    pacer = Pacer(Caps(), 0.0)
+    for number in range(5000):
+        now = number // 50 / 64
+        while pacer.wait_s(now, 10) <= 0:
+            pacer.sent(now, 10)
+        pacer.answered(now, latency_s=0.0, reserved=10, used=10, headers=None)
+    assert pacer.window >= 16
+
+
 def test_a_client_that_is_out_of_cpu_does_not_pile_up_requests() -> None:
     for out in runs(Server(latency_s=0.001), 10_000):
         assert 32 <= out.pacer.window <= 140
