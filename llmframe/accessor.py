@@ -369,11 +369,11 @@ class LLMFrame:
         [0] ok: bonjour
             user: Translate: hello
         """
+        from llmframe.review import review  # what most calls do without: see `llmframe.__init__`
+
         if prompt is None and system is not None:
             raise ConfigurationError("system= shows nothing without the prompt; pass both as `complete` had them")
         prompts = None if prompt is None else Prompts(self._frame, prompt, system=system)
-        from llmframe.review import review
-
         return review(self._frame, output, prompts, rows=rows, seed=seed)
 
     def _call(self, prompt: Prompt, keywords: dict[str, Any]) -> tuple[Prompts, Options]:

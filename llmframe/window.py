@@ -33,7 +33,7 @@ GROWING_AGAIN = 0.4  # at first, and where it had been passed before: chance mus
 MORE = 0.1  # log of a growth in flight that can be judged
 SURE = 1.2  # times the speed before is proof that growth helps
 UNSURE = 1.4  # times the window is as far as it grows without that proof
-AVERAGED = 4  # the present speed is an average over such a part of a window: of a wave each answer sees another one
+AVERAGED = 4  # to a window: the weight of an answer in the present speed, since of a wave each sees another part
 KEPT = 50_000  # answers whose time is known: more than come while one of them is out
 BRAKE = 0.3  # log of the slow-down at which a growing window waits for its judgement
 BATCHING = 0.15  # log of a gain in speed that is worth slower answers
@@ -41,7 +41,7 @@ BATCHING = 0.15  # log of a gain in speed that is worth slower answers
 ROOM = math.log(1.13)  # answers no slower than that show that nothing queues
 SUDDEN = 0.2  # log by which the first answers are faster where the others queued
 QUEUED = math.log(1.8)  # answers slower than that show a long queue, or that they have become another kind
-HELD = -math.log(0.85)  # of the speed is all of it: fewer in flight made no difference
+HELD = math.log(0.85)  # of the speed is all of it: fewer in flight made no difference
 FALLEN = 0.5  # of the speed that a probe's fewer in flight explain: it is the endpoint that has become slower
 NOISE = 0.07  # log of a change of latency that means nothing
 MORE_SHARE, FEWER_SHARE = 1.25, 1.3  # a probe has so many times more in flight, and then so many times fewer
@@ -199,9 +199,8 @@ class Window:
         self._settling = 0  # answers yet to come that belong to the size before
         self._recent: float | None = None  # log latency of the last few answers
         self._answers = Answers()
-        self._passed = self._seconds = (
-            0.0  # of the last few answers: those that came while each was out, and for how long
-        )
+        # Of the last few answers, on average: those that came while each was out, and for how long it was.
+        self._passed = self._seconds = 0.0
         # start
         self._began: float | None = None
         self._firsts = (First(4), First(8), First(START_AT_ONCE))
@@ -293,7 +292,7 @@ class Window:
         # Itself at least: a clock that ticks 64 times a second, as on Windows, may not have moved since it was sent.
         seconds, passed = max(latency_s, 1e-6), max(1, self._answers.since(now - latency_s))
         log = math.log(seconds)
-        part = AVERAGED / max(self.size, AVERAGED**2) if self._seconds else 1.0
+        part = min(1 / AVERAGED, AVERAGED / self.size) if self._seconds else 1.0
         self._passed += (passed - self._passed) * part
         self._seconds += (seconds - self._seconds) * part
         self._recent = log if self._recent is None else self._recent + (log - self._recent) / EVIDENCE
@@ -421,8 +420,7 @@ class Window:
         log, speed, load = sample.log, sample.speed, sample.load
         if speed < FALLEN * self._speed * load / self._load:
             speed = self._speed = sample.present
-        slower = math.log(self._speed / speed)
-        fastest, held = max(self._speed, speed), slower < HELD
+        fastest, held = max(speed, self._speed), math.log(speed / self._speed) > HELD
         doubt = math.hypot(sample.error, self._error)
         if held and log > with_grace(base) + NOISE + 2 * doubt:
             self._hold(now, max(load / 2, speed * math.exp(base)), fastest, in_flight)
