@@ -107,7 +107,7 @@ def _read_choice(choice: dict[str, Any]) -> Said:
         finish=finish if isinstance(finish, str) else None,
         cut=finish if finish in ("length", "content_filter") else None,
         refusal=refusal if isinstance(refusal, str) and refusal else None,
-        calls=tuple(calls) if isinstance(calls, list) else (),
+        calls=tuple(call for call in _list(calls) if isinstance(call, dict)),
         reasoning=thought,
     )
 

@@ -96,6 +96,7 @@ def test_an_answer_comes_with_all_that_the_reply_says_of_it() -> None:
         ),
         ({"content": "Yes", "tool_calls": CALLS}, "tool_calls", "Yes", "ok", None),
         ({"content": None}, "stop", None, "invalid", "the answer holds no text"),
+        ({"content": None, "tool_calls": [None]}, "stop", None, "invalid", "the answer holds no text"),
         ({"content": 5}, "stop", None, "invalid", "the answer holds no text"),
         ({"content": {"text": "Yes"}}, "stop", None, "invalid", "the answer holds no text"),
         ({}, "stop", None, "invalid", "the answer holds no text"),
@@ -290,7 +291,8 @@ def test_any_json_is_an_answer_with_a_status_or_none_and_fits_its_columns(reply:
         assert (completion.error is None) == (completion.status == "ok")
         assert isinstance(completion.text, list) == several
         answers = completion.text if isinstance(completion.text, list) else [completion.text]
-        assert completion.status not in ("ok",) or None not in answers
+        if completion.status == "ok" and completion.tool_calls is None:
+            assert None not in answers
         outcomes = Outcomes(1)
         outcomes.put(0, completion)
         row = np.zeros(1, np.intp)
