@@ -10,8 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from llmframe.cli_words import count, parameter
 from llmframe.errors import ConfigurationError, SchemaError
@@ -123,12 +122,8 @@ def schema_named(text: str) -> Any:
 
 @contextmanager
 def terminations_interrupt() -> Iterator[None]:
-    """Let SIGTERM, by which schedulers stop a job, be a Ctrl-C."""
-
-    def interrupt(_signum: int, _frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+    """Let SIGTERM, by which schedulers stop a job, be a Ctrl-C, also where a shell has turned that off."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

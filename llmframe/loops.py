@@ -180,8 +180,8 @@ async def _with_beat(start: Start[T], beat: Callable[[], None]) -> T:
 def _interrupts_cancel(cancel: Callable[[], object]) -> Iterator[list[float]]:
     """Let Ctrl-C cancel while the block runs, rather than raise in the middle of whatever it meets; gives when it came.
 
-    A handler of the user's own is left in place. One that stands while a loop runs is the loop's: it would wait for
-    this call to end.
+    So does a SIGTERM that was made one (by `signal.default_int_handler`). A handler of the user's own is left in place.
+    One that stands while a loop runs is the loop's: it would wait for this call to end.
     """
     came: list[float] = []
 
@@ -189,17 +189,22 @@ def _interrupts_cancel(cancel: Callable[[], object]) -> Iterator[list[float]]:
         came.append(time.monotonic())
         cancel()
 
-    main = threading.current_thread() is threading.main_thread()
-    previous = signal.getsignal(signal.SIGINT) if main else None
-    ignored = previous in (None, signal.SIG_IGN)
-    if ignored or not (in_running_loop() or previous is signal.default_int_handler):
-        yield came
-        return
-    signal.signal(signal.SIGINT, note)
+    previous: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    loops_own = in_running_loop() and previous.get(signal.SIGINT) not in (None, signal.SIG_IGN)
+    taken = [
+        number
+        for number, handler in previous.items()
+        if handler is signal.default_int_handler or (loops_own and number is signal.SIGINT)
+    ]
+    for number in taken:
+        signal.signal(number, note)
     try:
         yield came
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number in taken:
+            signal.signal(number, previous[number])
 
 
 async def in_thread(work: Callable[[], T]) -> T:
@@ -237,6 +242,10 @@ class _Flight:
         self.outcome.set_running_or_notify_cancel()
         self._loop = background_loop()
         self._task: asyncio.Task[Any] | None = None
+        self._done = False
+        self._landed = threading.Lock()
+        self._landed.acquire()
+        self.outcome.add_done_callback(self._tell)
 
     def launch(self, start: Start[Any]) -> None:
         """Start the coroutine that `start` makes."""
@@ -254,8 +263,14 @@ class _Flight:
         return self._task
 
     def wait(self, beat: Callable[[], None], interrupts: Sequence[float]) -> None:
-        """Wait until it is done; after a second interrupt no longer than `HARD_STOP_S`."""
-        while not concurrent.futures.wait([self.outcome], timeout=HEARTBEAT_S).done:
+        """Wait until it is done; after a second interrupt no longer than `HARD_STOP_S`.
+
+        A signal's handler may raise anywhere in here. In whatever waits for a future, or only asks whether it is done,
+        that can leave its lock taken, and the loop's thread would stand there for good.
+        """
+        while not self._done:
+            if self._landed.acquire(timeout=HEARTBEAT_S):
+                return
             if len(interrupts) > 1 and time.monotonic() - interrupts[1] > HARD_STOP_S:
                 return
             beat()
@@ -270,6 +285,10 @@ class _Flight:
             self._task.cancel()
         elif not self.outcome.done():  # interrupted before it was launched
             self.outcome.set_exception(asyncio.CancelledError())
+
+    def _tell(self, _outcome: object) -> None:
+        self._done = True
+        self._landed.release()
 
     def _land(self, task: asyncio.Task[Any]) -> None:
         _under_way.discard(self)

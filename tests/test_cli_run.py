@@ -146,10 +146,13 @@ def test_a_stop_is_status_4_and_the_same_command_goes_on(
     assert run("text") == 0
 
 
-def test_sigterm_is_a_clean_stop_within_5_s(here: Path, server: SimulatedServer) -> None:
+@pytest.mark.parametrize("interrupts", [signal.SIG_DFL, signal.SIG_IGN], ids=["in front", "in the background"])
+def test_sigterm_is_a_clean_stop_within_5_s(here: Path, server: SimulatedServer, interrupts: signal.Handlers) -> None:
     server.configure(latency_s=0.5, slots=2)
     command = [sys.executable, "-m", "llmframe.cli", "run", "in.parquet", "out.parquet", "text", "--json"]
+    before = signal.signal(signal.SIGINT, interrupts)  # a child inherits what is ignored, as a shell's background job
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    signal.signal(signal.SIGINT, before)
     server.wait_for(answered=4)
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)

@@ -543,6 +543,64 @@ def test_whatever_a_signal_handler_raises_stops_the_run(
     assert server.wait_for(in_flight=0).answered == ANSWERED
 
 
+RAISED_AT = """
+import asyncio, random, signal
+from llmframe import loops
+
+loops.HEARTBEAT_S = 1e-4
+chance, armed, raised = random.Random(1), False, 0
+
+def leave(number, frame):
+    if armed:
+        raise SystemExit(143)
+
+async def answer():
+    return "answer"
+
+signal.signal(signal.SIGALRM, leave)
+for _ in range(500):
+    try:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-4, 6e-3))
+            armed = True
+            loops.run(lambda: asyncio.sleep(0.003), lambda: None)
+        finally:
+            armed = False
+    except SystemExit:
+        raised += 1
+print(raised > 50, loops.run(answer, lambda: None))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no timer that signals here")
+def test_a_signal_handler_may_raise_at_any_moment_and_the_loop_lives_on() -> None:
+    done = subprocess.run([sys.executable, "-c", RAISED_AT], capture_output=True, text=True, timeout=SCRIPT_S)
+    assert done.stdout.split() == ["True", "answer"], done.stderr
+
+
+@needs_sigint
+def test_a_sigterm_that_is_made_a_ctrl_c_raises_in_nothing_that_it_meets() -> None:
+    beats = 0
+
+    def beat() -> None:
+        nonlocal beats
+        if beats == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        beats += 1  # which a handler that raises would leave out
+
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for what it starts in the background
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            loops.run(lambda: asyncio.sleep(60), beat)
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    assert beats > 0
+
+
 def _tasks() -> set[asyncio.Task[Any]]:
     loop = loops.background_loop()
 
