@@ -148,7 +148,8 @@ def test_the_package_is_typed_and_says_its_licence() -> None:
 def test_ci_runs_the_test_command_of_the_readme() -> None:
     command = "python -m pip install -c constraints.txt -e '.[dev]' && python -m pytest"
     assert command in README
-    assert command.replace("pip install", "pip install -q") in (ROOT / ".ci" / "run").read_text()
+    as_ci_says_it = command.replace("pip install", "pip install -q --no-compile")
+    assert as_ci_says_it in (ROOT / ".ci" / "run").read_text()
 
 
 def test_the_readme_starts_with_the_main_job() -> None:
