@@ -56,6 +56,7 @@ WHOLE_BYTES = 32 << 20  # a part this large stays as it is: rewriting it would m
 MERGE_BYTES = 4 * WHOLE_BYTES  # what one merge takes on, and so what it may hold of memory
 WHOLE_ROWS = 131_072  # so does one of so many short answers, and what a merge holds of its keys follows the rows
 MERGE_ROWS = 2 * WHOLE_ROWS
+ID_WORDS = 2  # of a key's four, that a merge goes by: 16 bytes tell any number of answers apart that a disk can hold
 HANDFUL = 4  # the parts of its own a closed checkpoint leaves, the large ones aside
 SHORT_CHARACTERS = 40  # of a parameter's value: worth showing when it changes
 OTHER_ROWS = "the rows have changed since"  # what differs where all else is the same
@@ -378,20 +379,24 @@ class Checkpoint:
             self._stop_if_asked()
         if len(candidates) < 2:
             return
+        old = [each.name for each in candidates]
+        chosen = [(name, rows) for name, rows, _ in _winners(candidates)]
+        candidates.clear()  # what follows takes memory of its own
         merged = self._new_name()
         with self._storage.write(merged) as file:
             with PartWriter(file, list(origins)) as writer:
-                for name, rows, _ in _winners(candidates):
+                for name, rows in chosen:
                     with self._parts.open(name) as part:
                         for table in part.take(rows):
                             writer.write(_renumbered(table, [origins[origin] for origin in part.origins]))
                             self._stop_if_asked()
             size = file.tell()
         sizes[merged] = self._own[merged] = size
-        for candidate in candidates:
-            self._storage.delete(candidate.name)
-            sizes.pop(candidate.name)
-            self._own.pop(candidate.name, None)
+        pa.default_memory_pool().release_unused()  # its thread ends, and with it the way to what it has freed
+        for name in old:
+            self._storage.delete(name)
+            sizes.pop(name)
+            self._own.pop(name, None)
 
     @contextmanager
     def _merging(self) -> Iterator[None]:
@@ -547,14 +552,15 @@ class _Candidates:
     """Rows of one part that may be the ones to give back: those of one `ids` row stand against each other."""
 
     name: str
-    rows: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.integer[Any]]
     ids: npt.NDArray[Any]
     paid: npt.NDArray[np.bool_]
     answered_at: npt.NDArray[np.int64]
 
     @classmethod
     def of(cls, name: str, heads: Heads) -> _Candidates:
-        return cls(name, np.arange(len(heads.keys)), _words(heads.keys), heads.paid, heads.answered_at)
+        ids = _words(heads.keys)[:, :ID_WORDS].copy()  # so that the keys themselves can be let go of
+        return cls(name, np.arange(len(ids), dtype=np.int32), ids, heads.paid, heads.answered_at)
 
     @classmethod
     def of_hits(cls, hits: Hits, places: npt.NDArray[np.intp]) -> _Candidates:
@@ -564,25 +570,29 @@ class _Candidates:
 
 def _winners(candidates: Sequence[_Candidates]) -> Iterator[tuple[str, npt.NDArray[np.int64], npt.NDArray[Any]]]:
     """Choose one row for each id: the newest that was paid for, else the newest. Yield part, rows and their ids."""
-    if not candidates:
-        return
+    won = _won(candidates) if candidates else np.empty(0, np.bool_)
+    start = 0
+    for each in candidates:
+        mine = won[start : start + len(each.rows)]
+        start += len(each.rows)
+        if mine.any():
+            yield each.name, each.rows[mine].astype(np.int64), each.ids[mine]
+
+
+def _won(candidates: Sequence[_Candidates]) -> npt.NDArray[np.bool_]:
+    """Say of every row, of one candidate after the other, whether it is the one of its id."""
     ids = np.concatenate([each.ids for each in candidates])
     paid = np.concatenate([each.paid for each in candidates])
     answered_at = np.concatenate([each.answered_at for each in candidates])
     order = np.lexsort((answered_at, paid, *ids.T))
     last = np.ones(len(order), np.bool_)
     last[:-1] = False
-    for column in ids.T:  # one by one: rows of four at a time would take four times the memory
+    for column in ids.T:  # one by one: whole rows at a time would take more memory
         ordered = column[order]
         last[:-1] |= ordered[1:] != ordered[:-1]
     won = np.zeros(len(order), np.bool_)
     won[order[last]] = True
-    start = 0
-    for each in candidates:
-        mine = won[start : start + len(each.rows)]
-        start += len(each.rows)
-        if mine.any():
-            yield each.name, each.rows[mine], each.ids[mine]
+    return won
 
 
 def _words(keys: npt.NDArray[np.void]) -> npt.NDArray[np.uint64]:

@@ -94,11 +94,12 @@ class _Keys:
 
     @classmethod
     def of(cls, heads: Heads) -> _Keys:
-        rows = np.flatnonzero(heads.paid)
+        rows = np.flatnonzero(heads.paid).astype(np.int32)
         rows = rows[np.argsort(heads.answered_at[rows], kind="stable")]
         rows = rows[np.argsort(heads.keys[rows], kind="stable")]
         keys = heads.keys[rows]
         newest = np.ones(len(rows), np.bool_)
         newest[:-1] = keys[1:] != keys[:-1]
-        rows = rows[newest]
-        return cls(keys[newest], rows.astype(np.int32), heads.answered_at[rows])
+        if not newest.all():  # else it would be a copy of them for nothing
+            keys, rows = keys[newest], rows[newest]
+        return cls(keys, rows, heads.answered_at[rows])
