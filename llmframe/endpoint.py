@@ -398,13 +398,15 @@ class AiohttpTransport:
         self._proxy = proxy
         pairs = ((name.encode(), value.encode()) for name, value in (*headers.items(), *url.query.items()))
         self._secrets = _secrets(pairs)
+        given = {name.lower() for name in headers}
         self._session = aiohttp.ClientSession(
             # The window is the limit; a second one here would only hide a queue from it.
             connector=aiohttp.TCPConnector(
                 limit=0, ssl=_tls() if url.scheme == "https" else True, keepalive_timeout=KEEPALIVE_S
             ),
             headers=headers,
-            skip_auto_headers=AUTOMATIC,
+            # No more than needed: aiohttp copies the headers of every request for it.
+            skip_auto_headers=[name for name in AUTOMATIC if name.lower() not in given],
             timeout=timeout,
             cookie_jar=aiohttp.DummyCookieJar(),
         )

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Hashable, Iterable
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -124,6 +125,10 @@ class RowFailed(LLMFrameError):
         super().__init__(message)
         self.position = position
         self.label = label
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is made again from its `args` alone, and a process pool hands it on as a pickle.
+        return partial(RowFailed, position=self.position, label=self.label), self.args, self.__dict__
 
 
 class Interrupted(KeyboardInterrupt):

@@ -244,12 +244,25 @@ def test_an_error_of_the_endpoint_comes_back_as_itself_with_the_way_to_go_on(
     assert "sk-test" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        ({"max_tokens_total": 500}, "max_tokens_total=500 could be passed"),
+        ({"max_cost": 0.0005, "prices": {"input": 1, "output": 1}}, "max_cost=0.0005 could be passed"),
+    ],
+    ids=["tokens", "USD"],
+)
 def test_a_budget_holds_for_all_workers_together(
-    server: SimulatedServer, client: Client, call: dict[str, Any], frame: pd.DataFrame
+    server: SimulatedServer,
+    client: Client,
+    call: dict[str, Any],
+    frame: pd.DataFrame,
+    budget: dict[str, Any],
+    words: str,
 ) -> None:
     ddf = dd.from_pandas(frame, npartitions=4)
-    with pytest.raises(BudgetExceeded, match="max_tokens_total=500 could be passed"):
-        client.compute(ddf.llm.complete("{text}", max_tokens_total=500, max_tokens=10, **call)).result()
+    with pytest.raises(BudgetExceeded, match=words):
+        client.compute(ddf.llm.complete("{text}", max_tokens=10, **budget, **call)).result()
     server.wait_for(in_flight=0)
     stats = server.stats()
     assert 0 < stats.prompt_tokens + stats.completion_tokens <= 500
@@ -275,6 +288,17 @@ def test_a_cap_on_requests_holds_for_all_workers_together(
     stats = server.stats()
     assert stats.answered == 18
     assert stats.seconds > 2.5  # 5 a second, the first five at once
+
+
+def test_a_cap_on_tokens_holds_for_all_workers_together(
+    server: SimulatedServer, client: Client, call: dict[str, Any]
+) -> None:
+    frame = pd.DataFrame({"text": [f"{number} " + "word " * 200 for number in range(40)]})
+    out = dd.from_pandas(frame, npartitions=4).llm.complete("{text}", tpm=240_000, **call)
+    client.compute(out).result()
+    stats = server.stats()
+    assert stats.answered == 40
+    assert stats.seconds > (stats.prompt_tokens + stats.completion_tokens) / 4_000 - 1.5  # of a burst, a second
 
 
 def test_a_cap_on_what_is_in_flight_holds_for_all_workers_together(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -269,6 +270,9 @@ def test_on_error_raise_names_the_row_and_carries_the_frame(ask: Ask) -> None:
     assert raised.value.frame is not None
     assert raised.value.frame.response_status.tolist() == ["ok", "failed", "pending"]
     assert raised.value.frame.index.equals(frame.index)
+    travelled = pickle.loads(pickle.dumps(raised.value))  # out of a process pool
+    assert (travelled.args, travelled.position, travelled.label) == (raised.value.args, 1, "s")
+    assert travelled.frame.equals(raised.value.frame)
 
 
 # ---- where
