@@ -27,6 +27,7 @@ S = TypeVar("S")
 A = TypeVar("A")
 R = TypeVar("R")
 
+LONG_NAME = 8  # letters, from which a name that is one typo away from it is most likely meant to be it
 POLL_S = 10.0  # between two looks at a batch job while something happens
 
 Where = Literal["missing"] | pd.Series | npt.NDArray[np.bool_] | Sequence[bool]
@@ -145,7 +146,7 @@ def call_options(
     Raises
     ------
     ConfigurationError
-        A value that a keyword cannot have, or an unknown keyword that is nearly one of ours.
+        A value that a keyword cannot have, or an unknown keyword that is nearly one of ours or of the API's.
     """
     return Options(**locals())
 
@@ -330,13 +331,20 @@ def _check_params(params: Mapping[str, Any]) -> None:
             raise ConfigurationError("stream= has no meaning here: each row's answer is written when it is whole")
         if name in ("messages", "input", "prompt"):
             raise ConfigurationError(f"{name}= is made from the prompt, row by row; pass it as the first argument")
-        near = next((known for known in (*KEYWORDS, *LATER) if _one_typo(name, known)), None)
+        near = next((known for known in _likely_names() if _one_typo(name, known)), None)
         if near is not None and name not in _api_parameters():
             raise ConfigurationError(
                 f"unknown keyword {name!r}; did you mean {near!r}? (extra_body= sends it all the same)"
             )
 
 
+@functools.cache
+def _likely_names() -> tuple[str, ...]:
+    """Give what a name may be meant to be: of the API's own the long ones, since others have a `top_k` beside `top_p`."""
+    return (*KEYWORDS, *LATER, *sorted(name for name in _api_parameters() if len(name) >= LONG_NAME))
+
+
+@functools.cache
 def _api_parameters() -> frozenset[str]:
     """Give the API's own parameters, which may be a letter away from one of ours (``n`` and ``na``)."""
     from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming as Parameters

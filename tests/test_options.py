@@ -185,11 +185,19 @@ def test_a_value_that_a_keyword_can_have_is_kept(name: str, value: Any) -> None:
         ("base_ur", "base_url"),
         ("Where", "where"),
         ("max_cots", "max_cost"),
+        ("tempreature", "temperature"),
+        ("max_token", "max_tokens"),
+        ("responce_format", "response_format"),
     ],
 )
-def test_a_keyword_one_typo_away_from_ours_is_refused(typo: str, meant: str) -> None:
+def test_a_keyword_one_typo_away_from_ours_or_the_apis_is_refused(typo: str, meant: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"unknown keyword '{typo}'; did you mean '{meant}'\?"):
         call_options(**{typo: 1})
+
+
+@pytest.mark.parametrize("name", ["top_k", "min_p", "min_tokens", "max_new_tokens", "repetition_penalty", "n", "seed"])
+def test_what_other_servers_take_is_sent_to_them(name: str) -> None:
+    assert call_options(**{name: 1}).params == {name: 1}
 
 
 @settings(deadline=None)
