@@ -29,6 +29,7 @@ Kind = Literal[
 BACKOFF_BASE_S = 0.1  # a fault by chance is over at once, and a longer wait would be all that ends a short run
 BACKOFF_CAP_S = 30.0  # beyond it a wait only idles: outages have a probe of their own
 REPLICA = frozenset({"replica away", "replica lost"})  # kinds that another replica mends at once
+EVENTS = (b"data:", b"event:", b"id:", b"retry:", b": ")  # how a stream of server-sent events begins
 QUOTED = 500  # characters of an endpoint's own words in a message
 
 QUOTA_CODES = frozenset({"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "access_terminated"})
@@ -108,7 +109,7 @@ def of_reply(status: int, headers: Mapping[str, str], body: bytes, payload: Any)
         None where the reply is the JSON that was asked for.
     """
     error = payload.get("error") if isinstance(payload, dict) else None
-    if status == 200 and isinstance(payload, dict) and not error:
+    if 200 <= status < 300 and isinstance(payload, dict) and not error:
         return None
     words = _words(error, payload, body)
     codes = _codes(error)
@@ -116,6 +117,9 @@ def of_reply(status: int, headers: Mapping[str, str], body: bytes, payload: Any)
         if error:  # some gateways put the failure of the server behind them into a 200
             own = next((int(code) for code in sorted(codes) if code.isdecimal() and 300 <= int(code) < 600), 500)
             return _judge(own, codes, f"error in a 200: {words}")
+        if body.startswith(EVENTS):  # each is paid for, and the next would be no other
+            message = f"the endpoint streams its answers, which nobody asked for; turn that off there: {words}"
+            return Failure("run", "bad body", message, status)
         return Failure("retry", "bad body", f"HTTP {status} whose body is not the JSON promised: {words}", status)
     failure = _judge(status, codes, f"HTTP {status}: {words}")
     should_retry = headers.get("x-should-retry")

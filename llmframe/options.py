@@ -340,7 +340,7 @@ def _check_params(params: Mapping[str, Any]) -> None:
 
 @functools.cache
 def _likely_names() -> tuple[str, ...]:
-    """Give what a name may be meant to be: of the API's own the long ones, since others have a `top_k` beside `top_p`."""
+    """Give what a name may be meant to be; of the API's own the long ones: others have a `top_k` beside `top_p`."""
     return (*KEYWORDS, *LATER, *sorted(name for name in _api_parameters() if len(name) >= LONG_NAME))
 
 

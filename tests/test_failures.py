@@ -61,10 +61,17 @@ def test_the_status_decides_where_no_code_says_more(status: int, verdict: str, b
     assert f"HTTP {status}" in failure.message
 
 
+@pytest.mark.parametrize("status", [200, 201, 202])
 @pytest.mark.parametrize("body", [{}, {"choices": []}, {"error": None}, {"error": ""}, {"error": {}}])
-def test_a_200_with_a_json_object_is_no_failure(body: Any) -> None:
-    assert judge(200, body) is None
-    assert judge(200, body, x_should_retry="true") is None
+def test_a_200_with_a_json_object_is_no_failure(status: int, body: Any) -> None:
+    assert judge(status, body) is None
+    assert judge(status, body, x_should_retry="true") is None
+
+
+def test_a_stream_that_nobody_asked_for_is_paid_for_once_and_ends_the_run() -> None:
+    failure = failed(200, b'data: {"choices": [{"delta": {"content": "yes"}}]}\n\ndata: [DONE]\n\n')
+    assert (failure.verdict, failure.kind) == ("run", "bad body")
+    assert "streams its answers" in failure.message
 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204])
@@ -196,7 +203,7 @@ def test_any_reply_is_an_answer_or_a_failure_that_can_be_shown(
     payload = read_json(body)
     failure = of_reply(status, headers, body, payload)
     if failure is None:
-        assert status == 200
+        assert 200 <= status < 300
         assert isinstance(payload, dict)
     else:
         assert failure.verdict in (RUN, ROW, RETRY)
