@@ -41,6 +41,7 @@ FILES_SHARE = 0.75  # of the files a process may open, for connections; the rest
 POOL = 100  # connections of an HTTP client that does not say how many: httpx's own default
 SECRET_NAME = re.compile(rb"auth|key|token|secret|cookie|sig", re.IGNORECASE)  # of a header or a query parameter
 SECRET_LENGTH = 8  # characters; shorter ones are words like "EMPTY" and "local", which would blot out honest text
+HEADER_BYTES = 64 << 10  # of one header of a reply: some gateways' cookies are larger than the 8 KB that aiohttp takes
 AUTOMATIC = ("Accept", "Content-Type", "User-Agent")  # what aiohttp adds by itself where the client's owner took it out
 
 
@@ -409,6 +410,7 @@ class AiohttpTransport:
             skip_auto_headers=[name for name in AUTOMATIC if name.lower() not in given],
             timeout=timeout,
             cookie_jar=aiohttp.DummyCookieJar(),
+            max_field_size=HEADER_BYTES,
         )
 
     async def send(self, body: bytes, wrote: Wrote | None = None) -> Reply:

@@ -203,6 +203,12 @@ def test_a_reply_of_any_status_comes_back_whole(server: SimulatedServer, way: st
     assert all(reply.headers.get("x-request-id") for reply in replies)
 
 
+def test_a_reply_may_have_a_long_header(server: SimulatedServer) -> None:
+    server.configure(status_all=400, error_headers={"x-of-a-gateway": "a" * 20_000})
+    _, (reply,) = send(openai.AsyncOpenAI(base_url=server.base_url, api_key=KEY))
+    assert reply.status == 400
+
+
 def test_a_redirect_to_another_host_is_not_followed(server: SimulatedServer, way: str) -> None:
     elsewhere = f"http://localhost:{server.port}/v1/chat/completions"
     server.reset(error_headers={"location": elsewhere})
