@@ -14,7 +14,8 @@ from llmframe.batch import BatchJob
 from llmframe.cli_call import add_call, keywords_of, prompt_of, schema_named, terminations_interrupt
 from llmframe.cli_words import OK, ROWS_LEFT, STOPPED, Verbs
 from llmframe.errors import ConfigurationError, EndpointError
-from llmframe.jobs import Paths, submit_source
+from llmframe.job_work import Paths
+from llmframe.jobs import submit_source
 from llmframe.options import POLL_S, gather
 
 EXAMPLES = """\

@@ -12,7 +12,8 @@ from llmframe.batch import BatchJob
 from llmframe.cli_call import add_call, keywords_of, prompt_of, terminations_interrupt
 from llmframe.cli_words import OK, ROWS_LEFT, STOPPED, Verbs
 from llmframe.errors import ConfigurationError, LLMFrameError
-from llmframe.jobs import JobResult, Paths, Work, batch_beside, estimate_job, job_options, submit_source
+from llmframe.job_work import JobResult, Paths, Work
+from llmframe.jobs import batch_beside, estimate_job, job_options, submit_source
 from llmframe.notices import wanted
 from llmframe.options import POLL_S, Options
 from llmframe.progress import Bar, Lines

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from llmframe import loops
 from llmframe.dask import Answers, PartitionCall
 from llmframe.errors import ConfigurationError
-from llmframe.jobs import Paths, Work
+from llmframe.job_work import Paths, Work
 from llmframe.options import Options
 from llmframe.planning import rows_of
 from llmframe.prompts import Prompt

@@ -19,14 +19,14 @@ import pytest
 from pydantic import BaseModel
 
 import llmframe
-from llmframe import JobResult, jobs
+from llmframe import JobResult, job_work
 from llmframe.errors import BudgetExceeded, ConfigurationError, EndpointError, TemplateError
 from tests.server import SimulatedServer
 
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "PART_ROWS", 40)
+    monkeypatch.setattr(job_work, "PART_ROWS", 40)
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def test_a_budget_holds_for_all_parts_together(server: SimulatedServer, source: 
 def test_a_job_that_was_killed_goes_on(server: SimulatedServer, source: Path) -> None:
     server.configure(latency_s=0.3, slots=8)  # 60 answers take more than a flush a second
     script = (
-        "import sys, llmframe; from llmframe import jobs; jobs.PART_ROWS = 40; "
+        "import sys, llmframe; from llmframe import job_work; job_work.PART_ROWS = 40; "
         "llmframe.run(sys.argv[1], sys.argv[2], '{text}', model='m', base_url=sys.argv[3], progress=False)"
     )
     sink = source.with_name("out.parquet")

@@ -1,0 +1,447 @@
+"""A job under way: parts of the source are read, asked and written, one after the other and two at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+
+from llmframe import loops, runner
+from llmframe.checkpoint import Checkpoint, remove_checkpoint
+from llmframe.errors import ConfigurationError, Interrupted, LLMFrameError
+from llmframe.index import Index
+from llmframe.notices import say
+from llmframe.options import Options, check_count
+from llmframe.pacing import Pacer
+from llmframe.planning import output_dtypes, prompts_of
+from llmframe.prompts import Prompt, Prompts
+from llmframe.results import STATUSES, Usage, twin
+from llmframe.runner import Call, Prepared
+from llmframe.sinks import Sink
+from llmframe.sources import Piece, Source
+
+PART_ROWS = 16_384  # of a part: enough to be worth a plan, few enough that two of them are small
+UNDER_WAY = 2  # parts: while one has its last answers to come, the next is asked
+
+__all__ = ["JobResult", "Paths", "Total", "Work"]
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """What came of a job.
+
+    Attributes
+    ----------
+    rows : int
+        Of the sink.
+    counts : dict of str to int
+        Rows by status, those that occur.
+    requests : int
+        Sent, retries included.
+    usage : Usage
+        The tokens that this job itself paid for: what its checkpoint gave back is not in it.
+    cost_usd : float or None
+        The same in USD; None where the model has no known price.
+    seconds : float
+        From start to end.
+    sink, checkpoint : str
+        Where the rows are, and where the answers are kept.
+    """
+
+    rows: int
+    counts: dict[str, int]
+    requests: int
+    usage: Usage
+    cost_usd: float | None
+    seconds: float
+    sink: str
+    checkpoint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Where a job's rows are, which of them it is about, and where they go."""
+
+    source: str
+    sink: str
+    where: tuple[str, ...] = ()
+    limit: int | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Part:
+    """Some rows of the source on their way."""
+
+    prepared: Prepared
+    piece: Piece
+    seen: npt.NDArray[np.bool_]  # which of its requests an earlier part has too
+    task: asyncio.Task[None] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Total:
+    """A job so far, over its parts; see `progress.Going`."""
+
+    options: Options
+    rows: int
+    under_way: list[Prepared] = field(default_factory=list)
+    done: int = 0
+    paid: Usage = field(default_factory=Usage)
+    paid_usd: float | None = None
+    sent_before: int = 0
+    failed_before: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
+    pacer: Pacer | None = None
+    started: float = field(default_factory=time.monotonic)
+    ended: float | None = None
+
+    def finish(self, prepared: Prepared) -> None:
+        """Take a part's figures over, and let go of it."""
+        state = prepared.state
+        rows = len(state.source)
+        statuses = np.bincount(state.outcomes.statuses(state.plan.request_of), minlength=len(STATUSES))
+        self.under_way.remove(prepared)
+        self.done += rows
+        self.paid += state.usage
+        if state.cost_usd is not None:
+            self.paid_usd = (self.paid_usd or 0.0) + state.cost_usd
+        self.sent_before += state.sent
+        self.failed_before.update(state.failures)
+        self.counts.update({status: int(count) for status, count in zip(STATUSES, statuses, strict=True) if count})
+        self.pacer = state.pacer or self.pacer
+
+    @property
+    def rows_done(self) -> int:
+        """Rows with an outcome."""
+        return self.done + sum(each.state.rows_done for each in tuple(self.under_way))
+
+    @property
+    def rows_a_request(self) -> float:
+        """Rows that one request answers, on average, in the parts under way."""
+        states = [each.state for each in tuple(self.under_way)]
+        return sum(state.rows for state in states) / max(1, sum(len(state.plan.first) for state in states))
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens paid."""
+        return sum((each.state.usage for each in tuple(self.under_way)), self.paid)
+
+    @property
+    def cost_usd(self) -> float | None:
+        """USD paid; None where no price is known."""
+        known = [cost for each in tuple(self.under_way) if (cost := each.state.cost_usd) is not None]
+        return self.paid_usd if not known else (self.paid_usd or 0.0) + sum(known)
+
+    @property
+    def sent(self) -> int:
+        """Requests sent."""
+        return self.sent_before + sum(each.state.sent for each in tuple(self.under_way))
+
+    @property
+    def in_flight(self) -> int:
+        """Requests in flight."""
+        return sum(each.state.in_flight for each in tuple(self.under_way))
+
+    @property
+    def failures(self) -> Counter[str]:
+        """Attempts that gave no answer, by kind."""
+        return sum((each.state.failures for each in tuple(self.under_way)), self.failed_before)
+
+    @property
+    def seconds(self) -> float:
+        """Since its start."""
+        return (time.monotonic() if self.ended is None else self.ended) - self.started
+
+
+class Work:
+    """One job: checked and ready, and then under way.
+
+    Raises
+    ------
+    ConfigurationError, TemplateError, SchemaError, CheckpointError
+        The job cannot be done as it was written.
+    """
+
+    def __init__(self, paths: Paths, prompt: Prompt, options: Options) -> None:
+        self._paths = paths
+        self._prompt = prompt
+        self.options = options
+        if paths.limit is not None:
+            check_count("limit", paths.limit)
+        self._source = Source(paths.source, paths.where, paths.limit)
+        self._sinks = _sinks(paths, self._source)
+        self.total = Total(options, self._source.rows)
+        # Of no rows, so that all that can be known of the call is checked before anything is asked.
+        for schema in reversed(self._source.schemas):
+            prompts = self._prompts(schema.empty_table())
+            self._call: Call = runner.plan_call(prompts, options)
+        runner.warn_of_open_line(self._call.endpoint.url)
+        self._open_checkpoint = functools.partial(runner.open_checkpoint, prompts, options, self._call)
+        self._checkpoint: Checkpoint | None = None
+        self._seen = _Seen()
+        self._sink: Sink | None = None
+
+    def run(self, beat: Callable[[], None], ended: Callable[[], None], *, partial: bool, clean: bool) -> JobResult:
+        """Do it, and wait; see `run` for what it raises.
+
+        Parameters
+        ----------
+        beat, ended : callable
+            Called in this thread every tenth of a second, and at the end.
+        partial, clean : bool
+            See `run`.
+        """
+        try:
+            with _memory_given_back():
+                loops.run(self._execute, beat)
+        except LLMFrameError as error:
+            raise self._stopped(error, partial) from error.__cause__
+        except KeyboardInterrupt:
+            raise self._stopped(Interrupted("interrupted"), partial) from None
+        finally:
+            ended()
+        if clean and not self.total.counts.keys() & {"failed", "pending"}:
+            assert self.options.checkpoint is not None
+            remove_checkpoint(self.options.checkpoint)
+        return self.outcome()
+
+    @property
+    def _part_rows(self) -> int:
+        return PART_ROWS
+
+    @property
+    def _under_way(self) -> int:
+        return UNDER_WAY
+
+    async def _ask(self, prepared: Prepared, numbers: npt.NDArray[np.intp]) -> None:
+        """Ask some of a part's requests."""
+        await runner.ask(prepared, numbers)
+
+    async def _execute(self, *, asking: bool = True) -> None:
+        """Ask for every part, and write each when it and all before it are whole."""
+        self._checkpoint = checkpoint = self._open_checkpoint(Index())
+        assert checkpoint is not None
+        if asking and checkpoint.held:
+            held = f"{checkpoint.held:,} answers are in {self.options.checkpoint}"
+            say(f"{held}; what is among them is not asked", quiet=self.options.progress is False)
+        under_way: deque[_Part] = deque()
+        whole = False
+        pieces = self._source.pieces(self._part_rows)
+        try:
+            while (piece := await loops.in_thread(lambda: next(pieces, None))) is not None:
+                part = await loops.in_thread(functools.partial(self._prepare, piece))
+                self.total.under_way.append(part.prepared)
+                before = [each.task for each in under_way if each.task]
+                part.task = asyncio.create_task(self._answer(part, before, asking=asking))
+                under_way.append(part)
+                while len(under_way) >= self._under_way:
+                    await self._write(under_way.popleft(), under_way)
+            while under_way:
+                await self._write(under_way.popleft(), under_way)
+            whole = True
+        finally:
+            tasks = [part.task for part in under_way if part.task is not None]
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks)
+            self.total.ended = time.monotonic()
+            if self._sink is not None:
+                self._sink.close()
+            await asyncio.shield(loops.in_thread(lambda: checkpoint.close(tidy=whole)))
+
+    def outcome(self) -> JobResult:
+        """Give what came of it, so far."""
+        total = self.total
+        counts: dict[str, int] = {status: total.counts[status] for status in STATUSES if total.counts[status]}
+        where = os.fspath(self.options.checkpoint or "")
+        return JobResult(
+            total.done, counts, total.sent, total.usage, total.cost_usd, total.seconds, self._paths.sink, where
+        )
+
+    def _stopped(self, error: Any, partial: bool) -> Any:
+        """Give a job's error with the way to go on."""
+        total = self.total
+        way = f"the same job goes on from {self.options.checkpoint}"
+        if partial:
+            try:
+                again = Work(self._paths, self._prompt, replace(self.options, refresh=False))
+                loops.run(functools.partial(again._execute, asking=False), lambda: None)
+                way += f"; what there is is in {self._paths.sink}"
+            except (LLMFrameError, OSError, KeyboardInterrupt) as failure:
+                way += f"; {self._paths.sink} could not be written ({failure})"
+        words = str(error) or "cancelled"
+        error.args = (f"{words} ({total.rows_done:,} of {total.rows:,} rows are done; {way})",)
+        return error
+
+    def _prompts(self, table: pa.Table) -> Prompts:
+        return prompts_of(table.to_pandas(), self._prompt, self.options)
+
+    def _prepare(self, piece: Piece) -> _Part:
+        prompts = self._prompts(piece.table)
+        call = runner.plan_call(prompts, self.options, self._call)
+        prepared = runner.ready(prompts, self.options, call, self._checkpoint)
+        seen = self._seen.add(call.plan.keys)
+        runner.recall(prepared)
+        for number in np.flatnonzero(seen).tolist():  # an earlier row of the job carries what it cost
+            outcome = prepared.state.outcomes[number]
+            if outcome.status != "pending":
+                prepared.state.outcomes.put(number, twin(outcome))
+        return _Part(prepared, piece, seen)
+
+    async def _answer(self, part: _Part, before: list[asyncio.Task[None]], *, asking: bool) -> None:
+        """Ask a part's requests, first those that no part before it asks."""
+        prepared, outcomes = part.prepared, part.prepared.state.outcomes
+        pending = outcomes.pending()
+        late = pending[part.seen[pending]]
+        own = pending[~part.seen[pending]]
+        if len(own) and asking:
+            await self._ask(prepared, own)
+        if len(late):
+            if before:
+                await asyncio.wait(before)
+            await loops.in_thread(lambda: self._recall_late(prepared, late))
+            late = late[np.isin(late, outcomes.pending())]
+            if len(late) and asking:
+                await self._ask(prepared, late)
+        prepared.state.ended = time.monotonic()
+
+    def _recall_late(self, prepared: Prepared, late: npt.NDArray[np.intp]) -> None:
+        assert self._checkpoint is not None
+        self._checkpoint.flush()
+        for place, completion in self._checkpoint.find(prepared.state.plan.keys[late]):
+            kept = runner.reread(completion, prepared.state.schema)
+            if kept is not None:
+                prepared.state.outcomes.put(int(late[place]), twin(kept))
+
+    async def _write(self, part: _Part, others: deque[_Part]) -> None:
+        """Wait for a part, or for the failure of one after it, and write it."""
+        assert part.task is not None
+        tasks = [part.task, *(each.task for each in others if each.task is not None)]
+        try:
+            while not part.task.done():
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+                tasks = [task for task in tasks if not task.done()]
+            part.task.result()
+        except BaseException:
+            others.appendleft(part)
+            raise
+        await loops.in_thread(functools.partial(self._put, part))
+        self.total.finish(part.prepared)
+
+    def _put(self, part: _Part) -> None:
+        piece = part.piece
+        if self._sink is None:
+            self._sink = Sink(self._sinks[piece.file])
+        self._sink.write(_answered(part), piece.ends_group)
+        if piece.ends_file and (
+            piece.file + 1 == len(self._sinks) or self._sinks[piece.file + 1] != self._sinks[piece.file]
+        ):
+            self._sink.finish()
+            self._sink = None
+
+
+@contextmanager
+def _memory_given_back() -> Iterator[None]:
+    """Let Arrow take its memory from the system while a job is under way.
+
+    Of a job's many threads, Arrow's own allocator keeps most of what each has freed: over 100 MB of a million rows, by
+    ``python -m tests.bench.files``.
+    """
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pa.system_memory_pool())
+    try:
+        yield
+    finally:
+        pa.set_memory_pool(before)
+
+
+class _Seen:
+    """The requests of the parts so far, in 8 bytes each."""
+
+    def __init__(self) -> None:
+        self._sorted: list[npt.NDArray[np.uint64]] = []
+
+    def add(self, keys: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
+        """Add a part's keys; which of them were there before."""
+        words = keys.view(np.uint64).reshape(-1, 4)[:, 0] if len(keys) else np.empty(0, np.uint64)
+        known = np.zeros(len(words), np.bool_)
+        for each in self._sorted:
+            at = np.minimum(np.searchsorted(each, words), len(each) - 1)
+            known |= each[at] == words
+        if len(words):
+            self._sorted.append(np.sort(words))
+        while len(self._sorted) > 1 and len(self._sorted[-1]) * 2 > len(self._sorted[-2]):  # few arrays, and long ones
+            self._sorted.append(np.sort(np.concatenate([self._sorted.pop(), self._sorted.pop()])))
+        return known
+
+
+def _sinks(paths: Paths, source: Source) -> list[str]:
+    """Name the file that each of the source's files goes to."""
+    sink = paths.sink
+    if source.one_file and not os.path.isdir(sink):
+        if not sink.endswith(".parquet"):
+            raise ConfigurationError(f"{sink} is written as parquet; give it a name that ends in .parquet")
+        if "://" not in sink and not Path(sink).expanduser().parent.is_dir():
+            raise ConfigurationError(f"{sink} cannot be written: there is no {Path(sink).parent}; make it first")
+        sinks = [sink]
+    elif sink.endswith(".parquet"):
+        other = next((each for each in source.schemas if not each.equals(source.schemas[0])), None)
+        if other is not None:
+            raise ConfigurationError(
+                f"the files of {paths.source} have not all the same columns, and {sink} is one file; name a directory"
+            )
+        sinks = [sink] * len(source.names)
+    else:
+        sinks = [f"{sink.rstrip('/')}/{os.path.splitext(name)[0]}.parquet" for name in source.names]
+        twice = next((name for name, count in Counter(sinks).items() if count > 1), None)
+        if twice is not None:
+            raise ConfigurationError(f"two files of {paths.source} would be {twice}; rename one of them")
+    if source.holds(sinks):
+        raise ConfigurationError(f"{sink} is where the source is; write to another place")
+    return sinks
+
+
+def _answered(part: _Part) -> pa.Table:
+    """Give a part's rows as they were, with the new columns after them."""
+    state = part.prepared.state
+    names = list(output_dtypes(state.options, state.schema))
+    new = state.frame()[names].reset_index(drop=True)
+    for name in names:
+        if new[name].dtype == object:
+            new[name] = pd.array([_as_json(cell) for cell in new[name]], dtype="string")
+    made = pa.Table.from_pandas(new, preserve_index=False)
+    table = part.piece.table
+    for name in names:
+        column = made[name]
+        table = table.append_column(made.schema.field(name), column)
+    return table.replace_schema_metadata(_metadata(part.piece.table.schema.metadata, made.schema.metadata))
+
+
+def _as_json(cell: Any) -> str | None:
+    return None if cell is None else json.dumps(cell, ensure_ascii=False, default=str)
+
+
+def _metadata(source: Mapping[bytes, bytes] | None, new: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
+    """Add the new columns to what pandas has noted of the old ones; without it they would come back as other types."""
+    kept = dict(source or {})
+    added = json.loads(new[b"pandas"])
+    noted = json.loads(kept[b"pandas"]) if b"pandas" in kept else {**added, "columns": [], "index_columns": []}
+    noted["columns"] = [*noted["columns"], *added["columns"]]
+    kept[b"pandas"] = json.dumps(noted).encode()
+    return kept
