@@ -56,6 +56,11 @@ class Reply:
     headers: Mapping[str, str]
     body: bytes
 
+    @property
+    def is_success(self) -> bool:
+        """Whether its status is a 2xx."""
+        return 200 <= self.status < 300
+
 
 class Lost(Unreachable):
     """A connection that was made, and lost before the reply was whole: somebody was there."""

@@ -619,7 +619,7 @@ def _may_be_billed(reply: Reply | None, failure: Failure) -> bool:
     """Whether an attempt that gave no answer may be on the bill: somebody took it, and nobody says that it failed."""
     if reply is None:
         return failure.kind not in ("connection", "replica away")  # there nobody took the request
-    return 200 <= reply.status < 300 or reply.status in MAYBE_BILLED
+    return reply.is_success or reply.status in MAYBE_BILLED
 
 
 def _paid(budget: Budget, most: Cost, reply: Reply | None, payload: Any, outcome: Completion | Failure | None) -> Cost:
@@ -630,6 +630,6 @@ def _paid(budget: Budget, most: Cost, reply: Reply | None, payload: Any, outcome
             usage = Usage(outcome.prompt_tokens, outcome.completion_tokens or 0, outcome.cached_tokens or 0)
     elif outcome is not None and not _may_be_billed(reply, outcome):
         return Cost()
-    elif reply is not None and 200 <= reply.status < 300:  # an answer that could not be used
+    elif reply is not None and reply.is_success:  # an answer that could not be used
         usage = read_usage(payload)
     return most if usage is None else Cost.of(usage, budget.bound.price)
