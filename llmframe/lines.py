@@ -65,7 +65,7 @@ class Line:
     def join(self, on_tick: Callable[[float], None]) -> None:
         """Begin a run: `on_tick` is called with the time, every `TICK_S`, until `leave`."""
         if self.idle:
-            self.pacer.note(self._loop.time(), "")  # the timeline's answers a second are not of the time between runs
+            self.pacer.woke(self._loop.time())
         self._on_tick.add(on_tick)
         if self._ticker is None:
             self._ticker = self._loop.create_task(self._tick())

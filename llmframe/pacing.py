@@ -27,7 +27,8 @@ BUSY_LAG_S = 0.02  # an event loop that late is out of CPU
 LAG_FADES = 0.7  # of the lag is remembered from one tick to the next
 RATIO_FADES = 0.98  # of the tokens used and reserved is remembered from one answer to the next
 LOOKS_S = (0.2, 1.0, 5.0)  # headers that are older than that say little of what was sent since
-MOMENT_S = 1.0  # between entries of the timeline without a decision
+MOMENT_S = 1.0  # between entries of the timeline without a decision, at most
+MOMENT_PART = 0.1  # of the time since work began is between them until then: the course of a short run has a shape too
 MOMENTS = 4000  # entries of the timeline before it is thinned
 
 
@@ -129,6 +130,7 @@ class Pacer:
         self._answers = 0
         self._latencies_s = 0.0
         self._noted = (now, 0, 0.0)
+        self._woke = now
         self.timeline: list[Moment] = []
 
     # -- what it says
@@ -192,6 +194,11 @@ class Pacer:
         return tokens * self._ratio
 
     # -- what happens
+
+    def woke(self, now: float) -> None:
+        """Note that there is work again: the timeline's answers a second are not of the time between runs."""
+        self._woke = now
+        self.note(now, "")
 
     def wait_s(self, now: float, tokens: int) -> float:
         """Say how long the next request must wait.
@@ -378,7 +385,7 @@ class Pacer:
         """Look at the whole: `lag_s` is how late the event loop was."""
         self._lag_s = max(lag_s, LAG_FADES * self._lag_s)
         self._last_limit, self._limit = self._limit, ""
-        if now - self._noted[0] >= MOMENT_S:
+        if now - self._noted[0] >= min(MOMENT_S, MOMENT_PART * (now - self._woke)):
             self.note(now, "")
 
     # -- how it learns
