@@ -37,6 +37,8 @@ class Line:
         When to send.
     answered : bool
         Whether the endpoint has answered any run.
+    users : int
+        Those who were given it and have not given it back.
     """
 
     def __init__(self, endpoint: Endpoint, caps: Caps) -> None:
@@ -47,6 +49,7 @@ class Line:
         if isinstance(self.transport, ReplicaTransport):
             self.transport.note = lambda words: self.pacer.note(self._loop.time(), words)
         self.answered = False
+        self.users = 0
         self._waiting: deque[tuple[asyncio.Future[float], int]] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._ticker: asyncio.Task[None] | None = None
@@ -54,7 +57,7 @@ class Line:
 
     @property
     def idle(self) -> bool:
-        """Whether no run uses it."""
+        """Whether no run is under way on it."""
         return not self._on_tick
 
     @property
@@ -146,8 +149,8 @@ class Line:
 _lines: dict[asyncio.AbstractEventLoop, OrderedDict[object, Line]] = {}
 
 
-async def line_to(endpoint: Endpoint, caps: Caps) -> Line:
-    """Give the running loop's line to an endpoint: the one that is there, or a new one."""
+def line_to(endpoint: Endpoint, caps: Caps) -> Line:
+    """Give the running loop's line to an endpoint: the one that is there, or a new one. `give_back` it when done."""
     for loop in [loop for loop in _lines if loop.is_closed()]:
         del _lines[loop]
     lines = _lines.setdefault(asyncio.get_running_loop(), OrderedDict())
@@ -155,12 +158,18 @@ async def line_to(endpoint: Endpoint, caps: Caps) -> Line:
     if key not in lines:
         lines[key] = Line(endpoint, caps)
     lines.move_to_end(key)
-    line = lines[key]
-    idle = [key for key in lines if lines[key].idle]
-    # All at once, before anybody else can be given one of them; this one is the youngest, and stays.
-    for old in [lines.pop(key) for key in idle[:-KEPT]]:
-        await old.close()
-    return line
+    lines[key].users += 1
+    return lines[key]
+
+
+async def give_back(line: Line) -> None:
+    """Note that somebody needs a line no more; of those that nobody needs, the longest unused are closed."""
+    line.users -= 1
+    lines = _lines.get(asyncio.get_running_loop(), OrderedDict())
+    unused = [key for key, line in lines.items() if not line.users]
+    # All are taken out at once, before anybody can be given one that is being closed.
+    if old := [lines.pop(key) for key in unused[:-KEPT]]:
+        await asyncio.shield(asyncio.gather(*[each.close() for each in old]))
 
 
 async def close_lines() -> None:

@@ -56,9 +56,16 @@ def run(start: Start[T], beat: Callable[[], None]) -> T:
 
     Raises
     ------
+    ConfigurationError
+        It is called on the background loop itself, as from a validator of a schema: that loop would wait for itself.
     KeyboardInterrupt
         After the run has unwound; at a second one without waiting longer than `HARD_STOP_S`.
     """
+    if _background is not None and threading.current_thread() is _background[1]:
+        raise ConfigurationError(
+            "a validator of a schema, or a hook of a client, called llmframe from inside a run, which would wait for "
+            "itself; make it a second call, over the frame that came back"
+        )
     flight = _Flight()
     with _interrupts_cancel(flight.cancel) as interrupts:
         try:

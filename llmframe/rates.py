@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 
 STRETCH = 1.02  # a capped second is counted 2 % longer: the network may deliver 20 ms closer together than we sent
-MARGIN_S = 0.05  # of a told rate stay in the endpoint's bucket: what headers are late by
+MARGIN_S = 0.05  # of a told rate are left in the endpoint's bucket: headers are that stale
 MINUTE_S, HOUR_S, DAY_S = 60.0, 3600.0, 86_400.0
 HISTORY_STEP_S = 0.005  # how finely it is known what was sent when
 HISTORY = 100_000  # steps kept
@@ -55,15 +55,18 @@ class Cap:
         return math.inf if self._held else max(entries[-1][0] + self._span_s - now, 1e-6)
 
     def take(self, now: float, amount: float) -> None:
-        """Count what goes onto the wire now."""
-        self.hold(amount)
-        self.wrote(now)
+        """Count what is on the wire, besides what is held."""
+        self._add(amount)
+        self._entries.append((now, amount))
 
     def hold(self, amount: float) -> None:
         """Count what will go onto the wire in a moment."""
+        self._add(amount)
+        self._held.append(amount)
+
+    def _add(self, amount: float) -> None:
         if not self._entries and not self._held:
             self._total = 0.0  # what rounding left
-        self._held.append(amount)
         self._total += amount
 
     def wrote(self, now: float) -> None:
@@ -118,7 +121,7 @@ class Share:
         """Take tickets, which hold for `TICKET_S`: later they would be those of another minute."""
         if now >= self._until:
             self._requests = self._tokens = 0.0
-        if requests:  # else one that does not fit, as its tokens were underestimated, would never be void
+        if requests:  # without this, a ticket too small for its request would be renewed for ever
             self._requests += requests
             self._tokens += tokens
             self._until = now + TICKET_S

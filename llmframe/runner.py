@@ -26,7 +26,7 @@ from llmframe.endpoint import Endpoint, Extras
 from llmframe.engine import Ask, Crew, Policy, Read
 from llmframe.errors import CheckpointError, ConfigurationError, Interrupted, LLMFrameError, RowFailed
 from llmframe.index import Index
-from llmframe.lines import line_to
+from llmframe.lines import Line, give_back, line_to
 from llmframe.messages import Messages
 from llmframe.notices import say, warn
 from llmframe.options import Options
@@ -400,8 +400,15 @@ async def execute(prepared: Prepared) -> None:
 
 async def ask(prepared: Prepared, asked: npt.NDArray[np.intp]) -> None:
     """Ask these requests, by number, and keep what comes; the checkpoint stays open."""
+    line = line_to(prepared.endpoint, prepared.policy.caps)
+    try:
+        await _ask_on(line, prepared, asked)
+    finally:
+        await give_back(line)
+
+
+async def _ask_on(line: Line, prepared: Prepared, asked: npt.NDArray[np.intp]) -> None:
     state = prepared.state
-    line = await line_to(prepared.endpoint, prepared.policy.caps)
     state.pacer = line.pacer
     deliver = _deliverer(prepared)
     read: Read

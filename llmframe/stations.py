@@ -29,7 +29,7 @@ from llmframe.checkpoint import Checkpoint
 from llmframe.desk import Desk, Grant, Limits, Wants, Words, words_of
 from llmframe.errors import LLMFrameError
 from llmframe.index import Index
-from llmframe.lines import Line, line_to
+from llmframe.lines import Line, give_back, line_to
 from llmframe.options import Options
 from llmframe.pacing import Caps
 from llmframe.planning import check_columns, prompts_of
@@ -218,8 +218,14 @@ class Station:
 
     async def _meet(self) -> None:
         """Come to the desk now and again, and make known here what it gives."""
+        line = line_to(self._call.endpoint, self._caps)
+        try:
+            await self._meet_for(line)
+        finally:
+            await give_back(line)
+
+    async def _meet_for(self, line: Line) -> None:
         loop = asyncio.get_running_loop()
-        line = await line_to(self._call.endpoint, self._caps)
         limits, budget, share = self._limits, self._budget, self._share
         while not self._closing.is_set():
             held, most = (Cost(), None) if budget is None else budget.want()

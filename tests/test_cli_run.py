@@ -163,10 +163,9 @@ def test_sigterm_is_a_clean_stop_within_5_s(here: Path, server: SimulatedServer,
     answered = json.loads(out)["usage"]["completion_tokens"]
     assert answered > 0
     assert not Path("out.parquet").exists()
-    received = server.stats().answered
     server.configure()
     assert run("text", "--quiet") == 0
-    assert server.stats().answered == 10 or server.stats().answered - received <= 6
+    assert server.stats().answered <= 10 + 2, "more than was in the server's two slots was asked anew"
 
 
 def test_inspect_shows_what_a_checkpoint_holds(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

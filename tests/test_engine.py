@@ -72,7 +72,7 @@ class Ran:
 
     async def run(self) -> None:
         endpoint = resolve(base_url=self.base_url, api_key=KEY)
-        line = await line_to(endpoint, self.policy.caps)
+        line = line_to(endpoint, self.policy.caps)
         crew = Crew(line, endpoint, self.requests(), self.read, self.deliver, self.policy, self.tally)
         try:
             await crew.run()

@@ -28,6 +28,7 @@ import pytest
 
 import llmframe
 from llmframe import engine, loops
+from llmframe.lines import KEPT
 from tests import turns
 from tests.server import SimulatedServer
 from tests.turns import STOPPED_S
@@ -129,6 +130,17 @@ def test_calls_awaited_together_get_each_its_own_answers(server: SimulatedServer
         return await asyncio.gather(*calls)
 
     assert [out["response"].tolist() for out in asyncio.run(main())] == [answers(10, name) for name in names]
+
+
+def test_more_calls_at_once_than_lines_are_kept_get_their_answers(server: SimulatedServer) -> None:
+    async def main() -> list[pd.DataFrame]:
+        calls = [
+            frame(2).llm.acomplete("{text}", model="m", base_url=server.base_url, rpm=100_000 + number)
+            for number in range(3 * KEPT)
+        ]
+        return await asyncio.gather(*calls)
+
+    assert [out["response"].tolist() for out in asyncio.run(main())] == [answers(2)] * 3 * KEPT
 
 
 def _in_a_child(url: str, answers: Any) -> None:

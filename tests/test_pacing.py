@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from llmframe.limits import RateHeaders
 from llmframe.pacing import Caps, Moment, Pacer
+from llmframe.rates import Cap
 from tests.simulation import Outcome, Server, Simulation, simulate
 
 SEEDS = range(6)
@@ -553,6 +554,15 @@ def test_a_clock_that_stands_still_breaks_nothing() -> None:
         pacer.sent(0.0, 10)
         pacer.answered(0.0, latency_s=0.0, reserved=10, used=10, headers=RateHeaders(6000, 6000, 0.0, None, None, None))
     assert pacer.wait_s(0.0, 10) == 0.0
+
+
+def test_what_is_counted_beside_a_request_that_waits_for_its_connection_leaves_it_its_own_time() -> None:
+    cap = Cap(100, 60)
+    cap.hold(90)
+    cap.take(0.0, 5)
+    cap.wrote(30.0)
+    assert cap.wait_s(61.5, 10) == 0.0
+    assert cap.wait_s(61.5, 60) == pytest.approx(30 + 60 * 1.02 - 61.5)
 
 
 # ---- the timeline
