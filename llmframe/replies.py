@@ -72,6 +72,9 @@ def read_usage(payload: Any) -> Usage | None:
     prompt, completion = count(item(usage, f"{before}_tokens")), count(item(usage, f"{after}_tokens"))
     if prompt is None and completion is None:
         return None
+    total = count(item(usage, "total_tokens"))
+    if prompt is not None and total is not None:  # Gemini's thoughts and xAI's are billed, and are in the total alone
+        completion = max(completion or 0, total - prompt)
     cached = count(item(usage, f"{before}_tokens_details", "cached_tokens")) or 0
     return Usage(
         prompt or 0,

@@ -199,6 +199,13 @@ def test_a_reply_without_choices_holds_no_answer(payload: Any) -> None:
         ({"prompt_tokens": "5", "completion_tokens": "2"}, Usage(5, 2)),
         ({"prompt_tokens": 5.0, "completion_tokens": None}, Usage(5, 0)),
         ({"completion_tokens": 2}, Usage(0, 2)),
+        ({"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}, Usage(5, 2)),
+        ({"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": "many"}, Usage(5, 2)),
+        ({"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": float("nan")}, Usage(5, 2)),
+        ({"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": -9}, Usage(5, 2)),
+        ({"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 0}, Usage(5, 2)),
+        ({"completion_tokens": 2, "total_tokens": 9}, Usage(0, 2)),
+        ({"prompt_tokens": 5, "total_tokens": 5}, Usage(5)),
         ({"prompt_tokens": 5, "prompt_tokens_details": None, "completion_tokens_details": []}, Usage(5)),
         ({"prompt_tokens": 5, "prompt_tokens_details": {"cached_tokens": 9}}, Usage(5, 0, 5)),
         ({"prompt_tokens": -5, "completion_tokens": True}, None),
@@ -211,6 +218,27 @@ def test_a_reply_without_choices_holds_no_answer(payload: Any) -> None:
     ],
 )
 def test_usage_is_read_as_far_as_it_can_be(usage: Any, read: Usage | None) -> None:
+    assert read_usage({"usage": usage}) == read
+
+
+@pytest.mark.parametrize(
+    ("usage", "read"),
+    [
+        ({"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 315}, Usage(10, 305)),  # Gemini
+        ({"prompt_tokens": 10, "total_tokens": "410"}, Usage(10, 400)),  # Gemini, cut while it thought
+        (
+            {
+                "prompt_tokens": 10,
+                "completion_tokens": 5,
+                "total_tokens": 315.0,
+                "completion_tokens_details": {"reasoning_tokens": 300},
+            },
+            Usage(10, 305, 0, 300),
+        ),  # xAI
+        ({"input_tokens": 10, "output_tokens": 5, "total_tokens": 315}, Usage(10, 305)),
+    ],
+)
+def test_thoughts_that_are_in_the_total_alone_are_counted_as_completion(usage: Any, read: Usage) -> None:
     assert read_usage({"usage": usage}) == read
 
 
