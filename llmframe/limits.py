@@ -1,6 +1,6 @@
-"""Read what a response's headers say about limits: how long to wait, and what is left of the rate.
+"""Read what a response says about limits: how long to wait, and, in its headers, what is left of the rate.
 
-Rubbish in a header is never an error and never a number: whatever cannot be read is None.
+Rubbish in it is never an error and never a number: whatever cannot be read is None.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ __all__ = ["RateHeaders", "rate_headers", "retry_after_s"]
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|[smhd]))+")
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|[smhd])")
+_FIELDS = [(of, what) for of in ("requests", "tokens") for what in ("limit", "remaining", "reset")]
+_NAMES = (
+    [f"x-ratelimit-{what}-{of}" for of, what in _FIELDS],  # OpenAI's, which nearly all others have taken over
+    [f"anthropic-ratelimit-{of}-{what}" for of, what in _FIELDS],
+)
 _EPOCH_S = 1e9  # a plain number of seconds beyond this is a moment of this century, not a duration
 _EPOCH_MS = 1e12  # and beyond this it counts milliseconds
 
@@ -54,32 +59,21 @@ def rate_headers(headers: Mapping[str, str], wall_now: float) -> RateHeaders | N
         Seconds since the epoch, for resets that are dates.
     """
     get = headers.get
-    remaining_requests = get("x-ratelimit-remaining-requests")
-    remaining_tokens = get("x-ratelimit-remaining-tokens")
-    if remaining_requests is not None or remaining_tokens is not None:
-        return RateHeaders(
-            _limit(get("x-ratelimit-limit-requests")),
-            _count(remaining_requests),
-            _duration_s(get("x-ratelimit-reset-requests"), wall_now),
-            _limit(get("x-ratelimit-limit-tokens")),
-            _count(remaining_tokens),
-            _duration_s(get("x-ratelimit-reset-tokens"), wall_now),
-        )
-    remaining_requests = get("anthropic-ratelimit-requests-remaining")
-    remaining_tokens = get("anthropic-ratelimit-tokens-remaining")
-    if remaining_requests is not None or remaining_tokens is not None:
-        return RateHeaders(
-            _limit(get("anthropic-ratelimit-requests-limit")),
-            _count(remaining_requests),
-            _duration_s(get("anthropic-ratelimit-requests-reset"), wall_now),
-            _limit(get("anthropic-ratelimit-tokens-limit")),
-            _count(remaining_tokens),
-            _duration_s(get("anthropic-ratelimit-tokens-reset"), wall_now),
-        )
+    for limit_requests, left_requests, reset_requests, limit_tokens, left_tokens, reset_tokens in _NAMES:
+        remaining_requests, remaining_tokens = get(left_requests), get(left_tokens)
+        if remaining_requests is not None or remaining_tokens is not None:
+            return RateHeaders(
+                _limit(get(limit_requests)),
+                _count(remaining_requests),
+                _duration_s(get(reset_requests), wall_now),
+                _limit(get(limit_tokens)),
+                _count(remaining_tokens),
+                _duration_s(get(reset_tokens), wall_now),
+            )
     return None
 
 
-def retry_after_s(headers: Mapping[str, str], wall_now: float) -> float | None:
+def retry_after_s(headers: Mapping[str, str], wall_now: float, in_body: str | None = None) -> float | None:
     """Read how many seconds to wait from ``retry-after-ms`` or ``retry-after`` (seconds, or an HTTP date).
 
     Parameters
@@ -88,13 +82,15 @@ def retry_after_s(headers: Mapping[str, str], wall_now: float) -> float | None:
         Case-insensitive, or with lower-case names.
     wall_now : float
         Seconds since the epoch, for dates.
+    in_body : str, optional
+        What the body says of it, for where no header does: seconds, a duration, or a moment.
     """
     milliseconds = _number(headers.get("retry-after-ms"))
     if milliseconds is not None:
         return max(0.0, milliseconds / 1000)
     text = headers.get("retry-after")
     if text is None:
-        return None
+        return _duration_s(in_body, wall_now)
     seconds = _number(text)
     if seconds is None:
         try:

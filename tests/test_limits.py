@@ -49,6 +49,15 @@ def test_no_retry_after_is_none() -> None:
     assert retry_after_s({}, NOW) is None
 
 
+@pytest.mark.parametrize(
+    ("in_body", "seconds"),
+    [("34s", 34.0), ("7m12s", 432.0), ("26", 26.0), ("1700000030000", 30.0), ("1600000000000", 0.0), ("soon", None)],
+)
+def test_what_the_body_says_of_it_holds_where_no_header_does(in_body: str, seconds: float | None) -> None:
+    assert retry_after_s({}, NOW, in_body) == seconds
+    assert retry_after_s({"retry-after": "2"}, NOW, in_body) == 2.0
+
+
 def test_openai_headers_are_read() -> None:
     headers = {
         "x-ratelimit-limit-requests": "10000",
