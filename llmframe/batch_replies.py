@@ -64,14 +64,15 @@ def read_line(line: bytes, read: Read) -> Answered | Left | None:
     if not isinstance(response, dict):
         return _not_executed(key, error)
     payload, status = response.get("body"), response.get("status_code")
+    status = status if isinstance(status, int) else 0
     body = orjson.dumps(payload)
     request_id = response.get("request_id")
-    failure = failures.of_reply(status if isinstance(status, int) else 0, {}, body, payload)
+    failure = failures.of_reply(status, {}, body, payload)
     if failure is None:
         completion = read(payload, request_id if isinstance(request_id, str) else None)
         if completion is not None:
             return Answered(key, completion)
-        return Left(key, "failed", "the reply holds no answer (no choices)", again=True)
+        failure = failures.of_no_answer(status, body)
     return Left(key, failure.status, failure.message, again=failure.verdict != "row")
 
 

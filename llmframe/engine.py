@@ -386,8 +386,7 @@ class Crew:
             payload, number=job.number, latency_s=latency_s, attempts=job.attempts, request_id=request_id
         )
         if completion is None:
-            failure = Failure("retry", "bad body", "the reply holds no answer (no choices)", reply.status)
-            return reply, payload, failure
+            return reply, payload, failures.of_no_answer(reply.status, reply.body)
         return reply, payload, completion
 
     def _answered(self, job: Job, reply: Reply | None, payload: Any, completion: Completion, now: float) -> None:
@@ -455,7 +454,7 @@ class Crew:
         if failure.verdict != "retry" or failure.kind in failures.REPLICA:
             pacer.released(now, latency_s=latency_s, reserved=job.tokens, alive=reply is not None)
             return None
-        asked_s = retry_after_s(reply.headers, time.time()) if reply else None
+        asked_s = retry_after_s(reply.headers, time.time(), failure.wait) if reply else None
         if failure.kind == "rate limit":
             headers = rate_headers(reply.headers, time.time()) if reply else None
             pacer.refused(now, latency_s=latency_s, reserved=job.tokens, retry_after_s=asked_s, headers=headers)

@@ -6,11 +6,13 @@ lost connections are tried again), with quota, keys and models told apart from i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from llmframe.messages import well_formed
+from llmframe.replies import broken_off, error_of, item
 from llmframe.results import Status
 
 Verdict = Literal["retry", "row", "run"]
@@ -32,9 +34,31 @@ REPLICA = frozenset({"replica away", "replica lost"})  # kinds that another repl
 EVENTS = (b"data:", b"event:", b"id:", b"retry:", b": ")  # how a stream of server-sent events begins
 QUOTED = 500  # characters of an endpoint's own words in a message
 
-QUOTA_CODES = frozenset({"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "access_terminated"})
+QUOTA_CODES = frozenset(
+    {
+        "insufficient_quota",
+        "billing_hard_limit_reached",
+        "billing_not_active",
+        "access_terminated",
+        "exceeded_current_quota_error",  # Moonshot
+    }
+)
 RATE_CODES = frozenset({"rate_limit_exceeded", "rate_limit_error", "tokens", "requests"})
 FILTER_CODES = frozenset({"content_filter", "content_policy_violation", "ResponsibleAIPolicyViolation"})
+STATUS_OF_CODE = {  # of an error in a 200, the more telling first
+    "invalid_api_key": 401,
+    "authentication_error": 401,
+    "context_length_exceeded": 400,
+    "invalid_prompt": 400,
+    "invalid_request_error": 400,
+}
+UNSUPPORTED = frozenset({400, 404, 405, 415, 422, 500, 501})  # what comes of a parameter that a server does not know
+PASSING = frozenset({408, 409, 424, 425, 498})  # 424: TGI, a fault while it generated; 498: Groq, no capacity just now
+
+_MODERATED = re.compile(r"requires moderation|input was flagged|violates usage guidelines|SAFETY_CHECK_TYPE", re.I)
+_TRY_AGAIN = re.compile(
+    r"(?:try again|retry) (?:in|after) ((?:\d+(?:\.\d+)?(?:ms|[smhd]))+\b|\d+(?:\.\d+)?(?= seconds?\b))", re.I
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +77,8 @@ class Failure:
         The HTTP status, where there was a reply.
     status : str
         What the row becomes if this was its last attempt.
+    wait : str or None
+        How long a rate limit asks to wait, or until when, as its body says it.
     """
 
     verdict: Verdict
@@ -60,6 +86,7 @@ class Failure:
     message: str
     http: int | None = None
     status: Status = "failed"
+    wait: str | None = None
 
 
 class Unreachable(Exception):
@@ -108,47 +135,82 @@ def of_reply(status: int, headers: Mapping[str, str], body: bytes, payload: Any)
     Failure or None
         None where the reply is the JSON that was asked for.
     """
-    error = payload.get("error") if isinstance(payload, dict) else None
-    if 200 <= status < 300 and isinstance(payload, dict) and not error:
+    error = error_of(payload)
+    if not 200 <= status < 300:
+        failure = _judge(status, error, f"HTTP {status}: {_words(error, payload, body)}")
+        should_retry = headers.get("x-should-retry")
+        if failure.verdict != "run" and should_retry in ("true", "false"):
+            return replace(failure, verdict="retry" if should_retry == "true" else "row")
+        return failure
+    if error is not None:  # some gateways put the failure of the server behind them into a 200
+        return _judge(_status_of(error), error, f"error in a 200: {_words(error, payload, body)}")
+    if (broken := broken_off(payload)) is not None:
+        own = min(500, _status_of(broken))  # a 502 of one answer is no outage: it had begun
+        return _judge(own, broken, f"error in an answer: {_words(broken, payload, body)}")
+    if isinstance(payload, dict):
         return None
-    words = _words(error, payload, body)
-    codes = _codes(error)
-    if 200 <= status < 300:
-        if error:  # some gateways put the failure of the server behind them into a 200
-            own = next((int(code) for code in sorted(codes) if code.isdecimal() and 300 <= int(code) < 600), 500)
-            return _judge(own, codes, f"error in a 200: {words}")
-        if body.startswith(EVENTS):  # each is paid for, and the next would be no other
-            message = f"the endpoint streams its answers, which nobody asked for; turn that off there: {words}"
-            return Failure("run", "bad body", message, status)
-        return Failure("retry", "bad body", f"HTTP {status} whose body is not the JSON promised: {words}", status)
-    failure = _judge(status, codes, f"HTTP {status}: {words}")
-    should_retry = headers.get("x-should-retry")
-    if failure.verdict != "run" and should_retry in ("true", "false"):
-        return replace(failure, verdict="retry" if should_retry == "true" else "row")
-    return failure
+    words = _words(None, payload, body)
+    if body.startswith(EVENTS):  # each is paid for, and the next would be no other
+        message = f"the endpoint streams its answers, which nobody asked for; turn that off there: {words}"
+        return Failure("run", "bad body", message, status)
+    return Failure("retry", "bad body", f"HTTP {status} whose body is not the JSON promised: {words}", status)
 
 
-def _judge(status: int, codes: frozenset[str], message: str) -> Failure:
+def of_no_answer(status: int, body: bytes) -> Failure:
+    """Judge a reply that is JSON, but holds no answer: some gateways say in words of their own why (MiniMax)."""
+    words = _words(None, None, body)
+    return Failure("retry", "bad body", f"the reply holds no answer (no choices): {words}", status)
+
+
+def _judge(status: int, error: Any, message: str) -> Failure:
+    codes, lower = _codes(error), message.lower()
     if codes & QUOTA_CODES or status == 402:
         return Failure("run", "access", f"{message} (no quota left: check the plan and billing of this key)", status)
-    if codes & FILTER_CODES:
+    if codes & FILTER_CODES or (status == 403 and _is_moderated(error, message)):
         return Failure("row", "request", message, status, "filtered")
     if status == 401:
         return Failure("run", "access", f"{message} (check the key: api_key=, or OPENAI_API_KEY)", status)
     if status == 403:
         return Failure("run", "access", f"{message} (this key may not do this here)", status)
-    if status == 429 and "request too large" in message.lower():
+    limited = status == 429 or bool(codes & RATE_CODES)
+    if status == 413 or (limited and "request too large" in lower):
         return Failure("row", "request", message, status)  # for the limit itself, so no waiting lets it in
-    if status == 429 or codes & RATE_CODES:
-        return Failure("retry", "rate limit", message, status)
+    if limited:
+        return Failure("retry", "rate limit", message, status, wait=_wait(error, message))
     if status == 404 or "model_not_found" in codes:
-        hint = "check model=" if "model" in message.lower() else "check base_url=: most end in /v1"
+        hint = "check model=" if "model" in lower or "deployment" in lower else "check base_url=: most end in /v1"
         return Failure("run", "access", f"{message} ({hint})", status)
     if 300 <= status < 400:
         return Failure("run", "access", f"{message} (a redirect: set base_url to where it leads)", status)
-    if status in (408, 409, 425) or status >= 500:
+    if "json_validate_failed" in codes:  # Groq's: what the model wrote fits no schema, and the next may
+        return Failure("retry", "bad body", message, status)
+    if status in PASSING or status >= 500:
         return Failure("retry", "server error", message, status)
     return Failure("row", "request", message, status)
+
+
+def _status_of(error: Any) -> int:
+    """Give the HTTP status that an error in a 200 stands for."""
+    codes = _codes(error)
+    number = next((int(code) for code in sorted(codes) if code.isdecimal() and 300 <= int(code) < 600), None)
+    return number or next((status for code, status in STATUS_OF_CODE.items() if code in codes), 500)
+
+
+def _is_moderated(error: Any, message: str) -> bool:
+    """Whether a 403 is about what the row says: OpenRouter names what was flagged, xAI has only words for it."""
+    about = item(error, "metadata")
+    return bool(item(about, "reasons") or item(about, "flagged_input") or _MODERATED.search(message))
+
+
+def _wait(error: Any, message: str) -> str | None:
+    """Find how long a rate limit asks to wait, or until when, where its body says so."""
+    details = item(error, "details")  # of Google's, one is a RetryInfo
+    delays = [item(detail, "retryDelay") for detail in details] if isinstance(details, list) else []
+    reset = item(error, "metadata", "headers", "X-RateLimit-Reset")  # OpenRouter's, in milliseconds of the epoch
+    said = next((str(one) for one in (*delays, reset) if isinstance(one, str | int)), None)
+    if said is None and (found := _TRY_AGAIN.search(message)):
+        said = found[1]
+    return said
 
 
 def _codes(error: Any) -> frozenset[str]:

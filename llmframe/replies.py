@@ -21,6 +21,16 @@ _OPEN = "<think>"
 _CLOSED = re.compile(r"\s*</think>\s*")
 _BARE = re.compile(r"\n\s*</think>\s*\n")  # where the prompt's own template has opened the tag (DeepSeek's, Qwen's)
 
+_EARLY: dict[str, Finish] = {
+    "length": "length",
+    "max_tokens": "length",
+    "MAX_TOKENS": "length",  # Gemini's own, through some gateways
+    "model_length": "length",  # Mistral, at the end of the context
+    "SAFETY": "content_filter",
+}
+# How OpenRouter, vLLM and DeepSeek name an answer that broke off for no reason of its own.
+_BROKEN = frozenset({"error", "abort", "insufficient_system_resource"})
+
 
 @dataclass(frozen=True, slots=True)
 class Said:
@@ -92,6 +102,35 @@ def read_choices(payload: Any) -> list[Said] | None:
     return [_read_choice(choice) for choice in choices]
 
 
+def broken_off(payload: Any) -> Any:
+    """Give the error of a chat completion that broke off on the server's side; None where none did.
+
+    Examples
+    --------
+    >>> broken_off({"choices": [{"finish_reason": "error", "error": {"code": 502, "message": "Gone"}}]})
+    {'code': 502, 'message': 'Gone'}
+    >>> broken_off({"choices": [{"finish_reason": "abort"}]})
+    {'message': 'the answer broke off (finish_reason abort)'}
+    """
+    for choice in _list(payload.get("choices") if isinstance(payload, dict) else None):
+        if error := error_of(choice):
+            return error
+        finish = choice.get("finish_reason") if isinstance(choice, dict) else None
+        if isinstance(finish, str) and finish in _BROKEN:
+            return {"message": f"the answer broke off (finish_reason {finish})"}
+    return None
+
+
+def error_of(value: Any) -> Any:
+    """Give the ``error`` that a reply or a choice holds; None where it has none, or one that says nothing."""
+    if isinstance(value, list):  # Gemini's
+        value = value[0] if value else None
+    error = value.get("error") if isinstance(value, dict) else None
+    if isinstance(error, dict):
+        return error if any(error.values()) else None  # an answer may come with a code 0 and no message
+    return error or None
+
+
 def _read_choice(choice: dict[str, Any]) -> Said:
     message = choice.get("message")
     content = item(message, "content")
@@ -104,15 +143,22 @@ def _read_choice(choice: dict[str, Any]) -> Said:
     if text is not None and "think>" in text:
         text, own = without_thinking(text)
         thought = thought or own
-    finish, refusal, calls = choice.get("finish_reason"), item(message, "refusal"), item(message, "tool_calls")
+    said, refusal, calls = choice.get("finish_reason"), item(message, "refusal"), item(message, "tool_calls")
+    finish = said if isinstance(said, str) else None
     return Said(
         text=text,
-        finish=finish if isinstance(finish, str) else None,
-        cut=finish if finish in ("length", "content_filter") else None,
+        finish=finish,
+        cut=None if finish is None else _early(finish),
         refusal=refusal if isinstance(refusal, str) and refusal else None,
         calls=tuple(call for call in _list(calls) if isinstance(call, dict)),
         reasoning=thought,
     )
+
+
+def _early(finish: str) -> Finish | None:
+    if finish.startswith("content_filter"):  # Gemini says which: "content_filter: SAFETY"
+        return "content_filter"
+    return _EARLY.get(finish)
 
 
 def read_output(payload: Any) -> list[Said] | None:
@@ -126,8 +172,9 @@ def read_output(payload: Any) -> list[Said] | None:
     thoughts = [one for one in output if item(one, "type") == "reasoning"]
     summaries = [part for one in thoughts for part in _list(item(one, "summary")) + _list(item(one, "content"))]
     reason = item(payload, "incomplete_details", "reason")
-    early: dict[Any, Finish] = {"max_output_tokens": "length", "content_filter": "content_filter"}
-    cut = early.get(reason, "length") if status == "incomplete" else None
+    cut = None
+    if status == "incomplete":
+        cut = (_early(reason) if isinstance(reason, str) else None) or "length"
     text = _joined(item(part, "text") for part in parts if item(part, "type") != "refusal")
     own = None
     if text is not None and "think>" in text:

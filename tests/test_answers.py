@@ -85,6 +85,12 @@ def test_an_answer_comes_with_all_that_the_reply_says_of_it() -> None:
         ({"content": None}, "length", None, "truncated", "the token limit was reached before any text"),
         ({"content": "half"}, "content_filter", None, "filtered", "the endpoint's content filter withheld the answer"),
         ({"content": None}, "content_filter", None, "filtered", "content filter"),
+        ({"content": "half"}, "content_filter: SAFETY", None, "filtered", "content filter"),  # Gemini
+        ({"content": "half"}, "SAFETY", None, "filtered", "content filter"),
+        ({"content": "Ye"}, "max_tokens", "Ye", "truncated", "cut at the token limit"),
+        ({"content": "Ye"}, "MAX_TOKENS", "Ye", "truncated", "cut at the token limit"),
+        ({"content": "Ye"}, "model_length", "Ye", "truncated", "cut at the token limit"),  # Mistral
+        ({"content": "Yes"}, "eos_token", "Yes", "ok", None),
         ({"content": None, "refusal": "I cannot."}, "stop", None, "refused", "the model refused: I cannot."),
         ({"content": "Yes", "refusal": ""}, "stop", "Yes", "ok", None),
         (

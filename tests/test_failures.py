@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,10 +20,12 @@ from llmframe.failures import (
     Unreachable,
     backoff_s,
     of_error,
+    of_no_answer,
     of_reply,
 )
 from llmframe.messages import well_formed
 from llmframe.replies import read_json
+from tests.server import SimulatedServer
 
 RUN, ROW, RETRY = "run", "row", "retry"
 
@@ -48,7 +51,7 @@ def error(code: Any = None, message: Any = "No.", kind: Any = None) -> dict[str,
 
 VERDICTS = {
     **dict.fromkeys([301, 302, 303, 307, 308, 401, 402, 403, 404], RUN),
-    **dict.fromkeys([408, 409, 425, 429, 500, 502, 503, 504, 520, 529, 599], RETRY),
+    **dict.fromkeys([408, 409, 424, 425, 429, 498, 500, 502, 503, 504, 520, 529, 599], RETRY),
     **dict.fromkeys([400, 405, 406, 410, 411, 413, 415, 422, 451, 100], ROW),
 }
 
@@ -62,7 +65,10 @@ def test_the_status_decides_where_no_code_says_more(status: int, verdict: str, b
 
 
 @pytest.mark.parametrize("status", [200, 201, 202])
-@pytest.mark.parametrize("body", [{}, {"choices": []}, {"error": None}, {"error": ""}, {"error": {}}])
+@pytest.mark.parametrize(
+    "body",
+    [{}, {"choices": []}, {"error": None}, {"error": ""}, {"error": {}}, {"error": {"code": 0, "message": ""}}],
+)
 def test_a_200_with_a_json_object_is_no_failure(status: int, body: Any) -> None:
     assert judge(status, body) is None
     assert judge(status, body, x_should_retry="true") is None
@@ -106,8 +112,14 @@ def test_a_filtered_prompt_is_its_rows_own_and_filtered(status: int, code: str) 
     [
         (429, error("rate_limit_exceeded", kind="tokens"), RETRY, "rate limit"),
         (429, error(), RETRY, "rate limit"),
+        (429, error(kind="exceeded_current_quota_error"), RUN, "access"),  # Moonshot
         (400, error(kind="rate_limit_error"), RETRY, "rate limit"),
         (429, error("rate_limit_exceeded", "Request too large for gpt-4o: Limit 100, Requested 200."), ROW, "request"),
+        (413, error("rate_limit_exceeded", "Too much: Limit 100, Requested 200.", "tokens"), ROW, "request"),
+        (200, error("rate_limit_exceeded", "Request too large: Limit 100, Requested 200."), ROW, "request"),
+        (400, error("json_validate_failed", kind="invalid_request_error"), RETRY, "bad body"),
+        (498, error("capacity_exceeded", kind="capacity_exceeded"), RETRY, "server error"),
+        (424, {"error": "Request failed during generation", "error_type": "generation"}, RETRY, "server error"),
         (400, error("context_length_exceeded"), ROW, "request"),
         (400, error("model_not_found"), RUN, "access"),
         (404, error("model_not_found"), RUN, "access"),
@@ -123,6 +135,13 @@ def test_a_filtered_prompt_is_its_rows_own_and_filtered(status: int, code: str) 
         (200, error("rate_limit_exceeded"), RETRY, "rate limit"),
         (200, error(400), ROW, "request"),
         (200, error("invalid_api_key", kind="401"), RUN, "access"),
+        (200, error("invalid_api_key", kind="invalid_request_error"), RUN, "access"),
+        (200, error(kind="authentication_error"), RUN, "access"),
+        (200, error("context_length_exceeded", kind="invalid_request_error"), ROW, "request"),
+        (200, error(kind="invalid_request_error"), ROW, "request"),
+        (200, error("invalid_prompt"), ROW, "request"),
+        (200, error("server_error"), RETRY, "server error"),
+        (200, [error(400)], ROW, "request"),
         (200, error(402), RUN, "access"),
         (200, error("model_not_found"), RUN, "access"),
     ],
@@ -133,6 +152,81 @@ def test_a_code_says_more_than_the_status_and_an_error_in_a_200_is_an_error(
     failure = failed(status, body)
     assert (failure.verdict, failure.kind) == (verdict, kind)
     assert ("error in a 200" in failure.message) == (status == 200)
+
+
+FLAGGED = [
+    error(403, 'm requires moderation on OpenAI. Your input was flagged for "violence".'),
+    {"error": {"code": 403, "message": "No.", "metadata": {"reasons": ["violence"], "flagged_input": "a"}}},
+    {"code": "The caller does not have permission", "error": "Content violates usage guidelines. Team: 1."},
+]
+
+
+@pytest.mark.parametrize("body", FLAGGED)
+def test_a_403_about_what_the_row_says_is_its_own_and_filtered(body: Any) -> None:
+    failure = failed(403, body)
+    assert (failure.verdict, failure.status) == (ROW, "filtered")
+
+
+# ---- an answer that broke off
+
+
+def choice(finish: Any = "stop", **more: Any) -> dict[str, Any]:
+    return {"finish_reason": finish, "message": {"role": "assistant", "content": "Half a"}, **more}
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        choice("error", error={"code": 502, "message": "Upstream error"}),
+        choice(error={"code": 502, "message": "Upstream error"}),
+        choice("error"),
+        choice("abort"),
+        choice("insufficient_system_resource"),
+    ],
+)
+def test_an_answer_that_broke_off_is_no_answer_and_is_tried_again(broken: dict[str, Any]) -> None:
+    for choices in ([broken], [choice(), broken]):
+        failure = failed(200, {"choices": choices})
+        assert (failure.verdict, failure.kind, failure.http) == (RETRY, "server error", 500)
+        assert "Upstream error" in failure.message or str(broken["finish_reason"]) in failure.message
+
+
+@pytest.mark.parametrize("error", [None, "", {}, {"code": 0, "message": ""}])
+@pytest.mark.parametrize("finish", ["stop", "length", "content_filter", None, ["error"]])
+def test_an_answer_that_ended_in_any_other_way_is_no_failure(error: Any, finish: Any) -> None:
+    assert judge(200, {"choices": [choice(finish, error=error)]}) is None
+
+
+def test_an_answer_that_always_breaks_off_is_its_rows_failure_and_not_its_text(server: SimulatedServer) -> None:
+    frame = pd.DataFrame({"text": ["a [[finish=error]]", "b"]})
+    out = frame.llm.complete("{text}", model="m", base_url=server.base_url, progress=False, max_attempts=2)
+    assert out["response_status"].tolist() == ["failed", "ok"]
+    assert out["response"].isna().tolist() == [True, False]
+    assert server.stats().answered == 3
+
+
+# ---- how long to wait
+
+
+@pytest.mark.parametrize(
+    ("body", "wait"),
+    [
+        (error(message="Rate limit reached. Limit 3, Used 3. Please try again in 20s. Visit us."), "20s"),
+        (error(message="Please try again in 7m12s."), "7m12s"),
+        (error(message="Please try again in 1h2m3.456s"), "1h2m3.456s"),
+        (error(message="Please Try again in 300ms."), "300ms"),
+        (error(message="Please retry after 26 seconds."), "26"),
+        (error(message="Please try again in a moment, or in 5 days"), None),
+        (error(message="Please try again in 5 minutes"), None),
+        ([{"error": {"code": 429, "message": "No.", "details": [5, {"a": 1}, {"retryDelay": "34s"}]}}], "34s"),
+        ({"error": {"metadata": {"headers": {"X-RateLimit-Reset": "1741305600000"}}}}, "1741305600000"),
+        (error(), None),
+        (b"busy", None),
+    ],
+)
+def test_how_long_a_rate_limit_asks_to_wait_is_found_in_its_body(body: Any, wait: str | None) -> None:
+    assert failed(429, body).wait == wait
+    assert failed(503, body).wait is None
 
 
 # ---- x-should-retry
@@ -165,12 +259,20 @@ def test_x_should_retry_decides_between_the_row_and_a_retry_and_never_over_the_r
         (400, {"error": "bad model"}, ["HTTP 400: bad model"]),
         (400, {"message": "top"}, ["HTTP 400: top"]),
         (400, error(message=5), ['"message": 5']),
-        (400, [error()], ["No."]),
+        (400, [error()], ["HTTP 400: No."]),
+        (404, error("DeploymentNotFound", "The API deployment does not exist."), ["check model="]),
     ],
 )
 def test_the_message_has_the_endpoints_own_words_and_what_to_do(status: int, body: Any, said: list[str]) -> None:
     message = failed(status, body).message
     assert all(words in message for words in said)
+
+
+def test_a_reply_without_an_answer_is_quoted() -> None:
+    failure = of_no_answer(200, b'{"choices": null, "base_resp": {"status_msg": "login fail"}}')
+    assert (failure.verdict, failure.kind) == (RETRY, "bad body")
+    assert "holds no answer" in failure.message
+    assert "login fail" in failure.message
 
 
 @pytest.mark.parametrize("body", [b"x" * 10**6, error(message="x" * 10**6), {"error": {"a": ["x" * 10**6]}}])
@@ -181,7 +283,7 @@ def test_a_long_body_is_quoted_short(body: Any) -> None:
 # ---- anything
 
 
-NAMES = st.sampled_from(["error", "message", "code", "type", "detail"])
+NAMES = st.sampled_from(["error", "message", "code", "type", "detail", "details", "metadata", "headers", "choices"])
 JSON: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | NAMES, inner, max_size=3),

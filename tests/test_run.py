@@ -399,6 +399,13 @@ def test_whatever_a_server_speaks_is_a_status_and_an_error(what: str) -> None:
     assert row["response_error"]
 
 
+def test_a_wait_that_only_the_body_of_a_429_asks_for_is_kept() -> None:
+    body = orjson.dumps({"error": {"message": "Rate limit reached. Please try again in 2h3m.", "type": "tokens"}})
+    head = b"HTTP/1.1 429 Busy\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+    with pytest.raises(EndpointError, match=r"asks to come back at .*, in 7,380 s"):
+        call_raw(body, head)
+
+
 def test_every_error_of_a_run_is_of_one_family() -> None:
     assert issubclass(EndpointError, LLMFrameError)
     assert issubclass(RowFailed, LLMFrameError)
