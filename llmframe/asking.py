@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from llmframe.failures import Failure
+from llmframe.failures import UNSUPPORTED, Failure
 from llmframe.messages import Messages, user, well_formed
 from llmframe.replies import read_choices, read_output
 from llmframe.requests import Form, Requests
@@ -22,12 +22,13 @@ from llmframe.schemas import Schema
 REPAIRS = 2  # times an answer that does not fit is asked again; a model that failed thrice fails the fourth time too
 NEXT: dict[Form, Form] = {"json_schema": "json_object", "json_object": "prompt"}
 
-# What OpenAI's older models, Azure, vLLM, Ollama, LM Studio and gateways name when they do not take a schema.
+MISFITS = 8  # answers that the endpoint itself found not to fit, with none that did, before it is asked another way
+
+# What OpenAI's older models, Azure, Gemini, vLLM, Ollama, LM Studio and gateways name when they do not take a schema.
 _FORM = re.compile(
-    r"response[_ .]?format|json[_ ]?schema|json[_ ]?object|text\.format|structured[_ ]output|guided[_ ]|\bgrammar\b",
+    r"response[_ .]?(format|schema)|json[_ ]?(schema|object)|text\.format|structured[_ ]output|guided[_ ]|\bgrammar\b",
     re.I,
 )
-_UNSUPPORTED = frozenset({400, 404, 405, 415, 422, 500, 501})
 
 
 @dataclass(slots=True)
@@ -81,6 +82,7 @@ class Asking:
         self._tell = tell
         self._repairs = REPAIRS if repairs and schema is not None else 0
         self._accepted = accepted or Accepted()
+        self._misfits = 0
         self._turns: dict[int, Messages] = {}  # of the requests that are asked again
 
     @property
@@ -113,7 +115,13 @@ class Asking:
 
     def fallen_back(self, number: int, form: Form, failure: Failure) -> bytes | None:
         """Give the body for an endpoint that refused the form of a request; None where that is not what it refused."""
-        if self._schema is None or failure.http not in _UNSUPPORTED or not _FORM.search(failure.message):
+        if self._schema is None or failure.http not in UNSUPPORTED:
+            return None
+        if failure.kind == "bad body":  # the form was taken, and the answer did not fit, most likely by chance
+            self._misfits += 1
+            if self._misfits < MISFITS:
+                return None
+        elif not _FORM.search(failure.message):
             return None
         messages = self._messages_of(number)
         if messages is None:
@@ -122,7 +130,7 @@ class Asking:
             step = NEXT.get(form)
             if step is None or self._accepted.taken:
                 return None
-            self._accepted.form = step
+            self._accepted.form, self._misfits = step, 0
             way = "json_object with the schema in the prompt" if step == "json_object" else "the schema in the prompt"
             self._tell(f"the endpoint does not take {form} ({failure.message:.160}); going on with {way}")
         return self.body(messages)

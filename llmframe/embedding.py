@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmframe.failures import Failure
+from llmframe.failures import UNSUPPORTED, Failure
 from llmframe.messages import well_formed
 from llmframe.planning import Plan
 from llmframe.prices import PriceOf
@@ -36,7 +36,6 @@ ASCII_A_TOKEN = 3.0  # bytes, with a margin: English has 4, code and numbers abo
 OTHERS_A_TOKEN = 2.0  # bytes of UTF-8
 
 _TRANSPORT = re.compile(r"encoding[_ ]?format|base64", re.I)
-_UNSUPPORTED = frozenset({400, 404, 415, 422, 500, 501})
 
 
 @dataclass(slots=True, eq=False)
@@ -183,7 +182,7 @@ class Embedding:
 
     def fallen_back(self, number: int, form: Form, failure: Failure) -> bytes | None:
         """Give the body with lists of numbers, for an endpoint that does not know base64."""
-        if failure.http not in _UNSUPPORTED or not _TRANSPORT.search(failure.message) or form == "float":
+        if failure.http not in UNSUPPORTED or not _TRANSPORT.search(failure.message) or form == "float":
             return None
         if self.form != "float":
             self.form = "float"

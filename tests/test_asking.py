@@ -12,7 +12,7 @@ import pydantic
 import pytest
 
 import llmframe
-from llmframe.asking import Asking
+from llmframe.asking import MISFITS, Asking
 from llmframe.failures import Failure
 from llmframe.requests import Requests
 from llmframe.results import Completion
@@ -123,6 +123,7 @@ REFUSALS = [
     (404, "No endpoints found that support structured_outputs for this model"),
     (500, "failed to parse grammar"),
     (400, "Unsupported parameter: 'text.format' is not supported with this model."),
+    (400, "Unknown name \"additionalProperties\" at 'generation_config.response_schema': Cannot find field."),
 ]
 NO_REFUSALS = [
     (400, "This model's maximum context length is 8192 tokens."),
@@ -147,6 +148,19 @@ def test_once_a_schema_was_taken_no_refusal_is_about_it() -> None:
     asking = Asking(requests, read_schema(Review), lambda _: [{"role": "user", "content": "a"}], [].append)
     assert asking.repaired(0, 0, {}, Completion(status="ok")) is None
     assert asking.fallen_back(1, "json_schema", Failure("row", "request", "HTTP 400: response_format", 400)) is None
+
+
+def test_an_answer_that_the_endpoint_found_not_to_fit_is_no_refusal_of_the_schema_unless_none_ever_fits() -> None:
+    told: list[str] = []
+    requests = Requests("https://api.openai.com/v1", "m", {}, None, None)
+    asking = Asking(requests, read_schema(Review), lambda _: [{"role": "user", "content": "a"}], told.append)
+    misfit = Failure("retry", "bad body", "HTTP 400: Generated JSON does not match: jsonschema: ''", 400)
+    for number in range(MISFITS - 1):
+        assert asking.fallen_back(number, "json_schema", misfit) is None
+    assert (asking.form, told) == ("json_schema", [])
+    assert asking.fallen_back(MISFITS, "json_schema", misfit) is not None
+    assert (asking.form, len(told)) == ("json_object", 1)
+    assert asking.fallen_back(MISFITS, "json_object", misfit) is None
 
 
 def test_a_fallback_changes_no_key(server: SimulatedServer, ask: Ask, tmp_path: Path) -> None:
