@@ -96,10 +96,13 @@ class Source:
         self.schemas = tuple(file.schema for file in self._files)
 
     def holds(self, files: Iterable[str]) -> bool:
-        """Whether one of these is a file of the source."""
+        """Whether one of these is a file of the source, by whatever name."""
+        local = isinstance(self._filesystem, pa.fs.LocalFileSystem)
+        own = set().union(*map(_identities, self._paths)) if local else set(self._paths)
         for file in files:
             filesystem, path = filesystem_of(file)
-            if type(filesystem) is type(self._filesystem) and path in self._paths:
+            same = type(filesystem) is type(self._filesystem)
+            if same and not own.isdisjoint(_identities(path) if local else {path}):
                 return True
         return False
 
@@ -144,6 +147,15 @@ def filesystem_of(where: str) -> tuple[pa.fs.FileSystem, str]:
     except ValueError as error:
         raise ConfigurationError(f"{where} cannot be reached: {error}") from error
     return pa.fs.PyFileSystem(pa.fs.FSSpecHandler(remote)), path
+
+
+def _identities(path: str) -> set[object]:
+    """Give what tells that two names are one local file: where its links lead, and its inode where it exists."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return {os.path.realpath(path)}
+    return {os.path.realpath(path), (found.st_dev, found.st_ino)}
 
 
 def _found(where: str) -> tuple[pa.fs.FileSystem, list[str], str | None]:

@@ -316,6 +316,35 @@ def test_paths_that_cannot_be_meant_are_refused(
     assert server.stats().received == 0
 
 
+@pytest.mark.parametrize(
+    "name", ["./in.parquet", "in/../in.parquet", "{here}/in.parquet", "soft.parquet", "hard.parquet"]
+)
+def test_a_source_is_not_overwritten_by_another_of_its_names(
+    server: SimulatedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    pd.DataFrame({"text": ["a", "b"]}).to_parquet("in.parquet")
+    Path("soft.parquet").symlink_to("in.parquet")
+    Path("hard.parquet").hardlink_to("in.parquet")
+    with pytest.raises(ConfigurationError, match="is where the source is"):
+        run_to(server, "in.parquet", name.format(here=tmp_path), limit=1)
+    assert len(pd.read_parquet("in.parquet")) == 2
+    assert server.stats().received == 0
+
+
+def test_a_directory_is_not_overwritten_by_another_of_its_names(
+    server: SimulatedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    pd.DataFrame({"text": ["a", "b"]}).to_parquet("in/a.parquet")
+    Path("link").symlink_to("in")
+    for name in (tmp_path / "in", "./in/", "link"):
+        with pytest.raises(ConfigurationError, match="is where the source is"):
+            run_to(server, "in", name, limit=1)
+
+
 def test_a_stopped_job_can_leave_what_there_is(server: SimulatedServer, source: Path) -> None:
     server.configure(schedule=[(0.5, {"status_all": 401})], latency_s=0.2, slots=16)
     with pytest.raises(EndpointError, match=r"what there is is in .*out.parquet"):
