@@ -64,7 +64,8 @@ def keywords_of(arguments: argparse.Namespace) -> dict[str, Any]:
     ConfigurationError, SchemaError
         One is given twice, or the schema cannot be read.
     """
-    keywords = {name: getattr(arguments, name) for name in _keywords() if getattr(arguments, name) not in (None, False)}
+    given = ((name, getattr(arguments, name)) for name in _keywords())
+    keywords = {name: value for name, value in given if value is not None and value is not False}  # 0 is a value
     if len(keywords.get(REPLICAS, ())) == 1:
         (keywords[REPLICAS],) = keywords[REPLICAS]
     for name, value in arguments.param:

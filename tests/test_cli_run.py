@@ -77,6 +77,9 @@ def test_rows_that_failed_are_status_3_and_it_says_where(here: Path, capsys: pyt
         (("text", "--where", "score"), "is no condition"),
         (("text", "--param", "stream=true"), "stream= has no meaning here"),
         (("text", "--max-cost", "1"), "max_cost= needs a price"),
+        (("text", "--max-cost", "0"), "max_cost=0.0 "),
+        (("text", "--rpm", "0"), "rpm=0.0 "),
+        (("text", "--timeout", "0"), "timeout=0.0 "),
     ],
 )
 def test_wrong_use_is_status_2_and_one_line(
