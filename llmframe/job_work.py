@@ -35,6 +35,7 @@ from llmframe.sources import Piece, Source
 
 PART_ROWS = 16_384  # of a part: enough to be worth a plan, few enough that two of them are small
 UNDER_WAY = 2  # parts: while one has its last answers to come, the next is asked
+TOGETHER = 32  # pieces of the source in a part at most: a plan takes 10 ms, and to read so many a moment
 
 __all__ = ["JobResult", "Paths", "Total", "Work"]
 
@@ -86,7 +87,8 @@ class _Part:
     """Some rows of the source on their way."""
 
     prepared: Prepared
-    piece: Piece
+    table: pa.Table
+    pieces: list[Piece]  # that the table is made of
     seen: npt.NDArray[np.bool_]  # which of its requests an earlier part has too
     task: asyncio.Task[None] | None = None
 
@@ -239,15 +241,16 @@ class Work:
             say(f"{held}; what is among them is not asked", quiet=self.options.progress is False)
         under_way: deque[_Part] = deque()
         whole = False
-        pieces = self._source.pieces(self._part_rows)
+        gathered = _gathered(self._source.pieces(self._part_rows), self._part_rows)
         try:
-            while (piece := await loops.in_thread(lambda: next(pieces, None))) is not None:
-                part = await loops.in_thread(functools.partial(self._prepare, piece))
+            while (pieces := await loops.in_thread(lambda: next(gathered, None))) is not None:
+                part = await loops.in_thread(functools.partial(self._prepare, pieces))
                 self.total.under_way.append(part.prepared)
                 before = [each.task for each in under_way if each.task]
                 part.task = asyncio.create_task(self._answer(part, before, asking=asking))
                 under_way.append(part)
-                while len(under_way) >= self._under_way:
+                # By rows, since the parts of a source of small files are small; what is read next has room.
+                while sum(max(1, len(each.table)) for each in under_way) > (self._under_way - 1) * self._part_rows:
                     await self._write(under_way.popleft(), under_way)
             while under_way:
                 await self._write(under_way.popleft(), under_way)
@@ -290,8 +293,9 @@ class Work:
     def _prompts(self, table: pa.Table) -> Prompts:
         return prompts_of(table.to_pandas(), self._prompt, self.options)
 
-    def _prepare(self, piece: Piece) -> _Part:
-        prompts = self._prompts(piece.table)
+    def _prepare(self, pieces: list[Piece]) -> _Part:
+        table = pa.concat_tables(piece.table for piece in pieces)
+        prompts = self._prompts(table)
         call = runner.plan_call(prompts, self.options, self._call)
         prepared = runner.ready(prompts, self.options, call, self._checkpoint)
         seen = self._seen.add(call.plan.keys)
@@ -300,7 +304,7 @@ class Work:
             outcome = prepared.state.outcomes[number]
             if outcome.status != "pending":
                 prepared.state.outcomes.put(number, twin(outcome))
-        return _Part(prepared, piece, seen)
+        return _Part(prepared, table, pieces, seen)
 
     async def _answer(self, part: _Part, before: list[asyncio.Task[None]], *, asking: bool) -> None:
         """Ask a part's requests, first those that no part before it asks."""
@@ -345,15 +349,35 @@ class Work:
         self.total.finish(part.prepared)
 
     def _put(self, part: _Part) -> None:
-        piece = part.piece
-        if self._sink is None:
-            self._sink = Sink(self._sinks[piece.file])
-        self._sink.write(_answered(part), piece.ends_group)
-        if piece.ends_file and (
-            piece.file + 1 == len(self._sinks) or self._sinks[piece.file + 1] != self._sinks[piece.file]
-        ):
-            self._sink.finish()
-            self._sink = None
+        answered, at = _answered(part), 0
+        for piece in part.pieces:
+            if self._sink is None:
+                self._sink = Sink(self._sinks[piece.file])
+            self._sink.write(answered.slice(at, len(piece.table)), piece.ends_group)
+            at += len(piece.table)
+            if piece.ends_file and (
+                piece.file + 1 == len(self._sinks) or self._sinks[piece.file + 1] != self._sinks[piece.file]
+            ):
+                self._sink.finish()
+                self._sink = None
+
+
+def _gathered(pieces: Iterator[Piece], rows: int) -> Iterator[list[Piece]]:
+    """Put small pieces together, so many rows at most, while pandas reads them the same way."""
+    held: list[Piece] = []
+    count = 0
+    for piece in pieces:
+        alike = not held or piece.table.schema.equals(held[0].table.schema, check_metadata=True)
+        if not alike or count + len(piece.table) > rows:
+            yield held
+            held, count = [], 0
+        held.append(piece)
+        count += len(piece.table)
+        if 2 * count > rows or len(held) == TOGETHER:  # large enough: what comes after it is not read yet
+            yield held
+            held, count = [], 0
+    if held:
+        yield held
 
 
 @contextmanager
@@ -426,11 +450,11 @@ def _answered(part: _Part) -> pa.Table:
         if new[name].dtype == object:
             new[name] = pd.array([_as_json(cell) for cell in new[name]], dtype="string")
     made = pa.Table.from_pandas(new, preserve_index=False)
-    table = part.piece.table
+    table = part.table
     for name in names:
         column = made[name]
         table = table.append_column(made.schema.field(name), column)
-    return table.replace_schema_metadata(_metadata(part.piece.table.schema.metadata, made.schema.metadata))
+    return table.replace_schema_metadata(_metadata(part.table.schema.metadata, made.schema.metadata))
 
 
 def _as_json(cell: Any) -> str | None:

@@ -240,6 +240,31 @@ def test_parts_overlap_so_that_the_endpoint_does_not_wait_for_the_last_answer_of
     assert time.monotonic() - began < 100  # whatever the machine
 
 
+@pytest.mark.parametrize("kind", ["row groups", "files", "files of other columns"])
+def test_an_endpoint_does_not_wait_for_a_source_of_small_pieces(
+    server: SimulatedServer, tmp_path: Path, kind: str
+) -> None:
+    server.change(latency_s=0.5)
+    frame = pd.DataFrame({"text": [f"row {number}" for number in range(30)]})
+    if kind == "row groups":
+        source, sink = tmp_path / "in.parquet", tmp_path / "out.parquet"
+        frame.to_parquet(source, row_group_size=1)
+    else:
+        source, sink = tmp_path / "in", tmp_path / "out"
+        source.mkdir()
+        for number in range(30):
+            more = {"more": 1} if kind == "files of other columns" and number % 2 else {}
+            frame[number : number + 1].reset_index(drop=True).assign(**more).to_parquet(source / f"{number:02}.parquet")
+    run_to(server, source, sink)
+    assert server.stats().max_in_flight > 4  # 2 pieces, where pieces count
+    if kind == "row groups":
+        assert pq.ParquetFile(sink).num_row_groups == 30
+        assert pd.read_parquet(sink)["response"].tolist() == [f"echo: row {number}" for number in range(30)]
+    else:
+        written = [pd.read_parquet(path) for path in sorted(sink.iterdir())]
+        assert [rows["response"].tolist() for rows in written] == [[f"echo: row {number}"] for number in range(30)]
+
+
 def test_only_rows_that_fulfil_every_condition_are_asked_and_written(server: SimulatedServer, source: Path) -> None:
     job = run(server, source, where=["small >= 1", "text != 'row 4'", "kind = a", "day < 2024-01-09"])
     assert job.rows == server.stats().received == 3
