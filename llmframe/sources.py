@@ -10,15 +10,18 @@ import json
 import operator
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import reduce
+from itertools import accumulate
 from pathlib import PurePosixPath
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.fs
 import pyarrow.parquet as pq
@@ -91,6 +94,9 @@ class Source:
         self.one_file = base is None
         self._limit = limit
         self._files = [_opened(path, filesystem, conditions) for path in paths]
+        if (conditions or limit is not None or base is not None) and any(file.labels for file in self._files):
+            for file in self._files:  # all of them, so that they have the same columns
+                file.write_labels()
         rows = sum(file.rows for file in self._files)
         self.rows = rows if limit is None else min(rows, limit)
         self.schemas = tuple(file.schema for file in self._files)
@@ -207,6 +213,8 @@ def _opened(path: str, filesystem: pa.fs.FileSystem, conditions: Sequence[str]) 
     words = {"json": "JSON lines"}.get(form, form)
     try:
         return (_Parquet if form == "parquet" else _Text)(path, filesystem, conditions, form)
+    except UnicodeDecodeError as error:  # of a column's name
+        raise ConfigurationError(f"{path} is not UTF-8; convert it") from error
     except (OSError, pa.ArrowException) as error:
         raise ConfigurationError(f"{path} cannot be read as {words}: {str(error).splitlines()[0]}") from error
 
@@ -218,6 +226,8 @@ class _Parquet:
         self._file = pq.ParquetFile(path, filesystem=filesystem, pre_buffer=False)
         self.schema = self._file.schema_arrow
         self._filter = _filter(conditions, self.schema)
+        self._range = _range_of(self.schema)
+        self._labelled = False
         self._groups = list(range(self._file.num_row_groups))
         self.rows = self._file.metadata.num_rows
         if self._filter is not None:
@@ -226,25 +236,79 @@ class _Parquet:
             self._groups = [group.id for fragment in kept for group in fragment.row_groups]
             self.rows = table.count_rows(filter=self._filter)
 
+    @property
+    def labels(self) -> bool:
+        """Whether its rows have labels that only the whole file can be given: pandas notes a range, and no column."""
+        return self._range is not None and (self._range["start"], self._range["step"]) != (0, 1)
+
+    def write_labels(self) -> None:
+        """Let the rows' labels be a column, where pandas has noted a range."""
+        if self._range is not None:
+            self._labelled = True
+            self.schema = _with_labels(self.schema, self._range)
+
     def tables(self, rows: int) -> Iterator[tuple[pa.Table, bool]]:
+        sizes = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
+        starts = [0, *accumulate(sizes)]
         for group in self._groups:
-            left = self._file.metadata.row_group(group).num_rows
+            at, left = starts[group], sizes[group]
             for batch in self._file.iter_batches(rows, row_groups=[group]):
+                columns = batch.columns
+                if self._labelled:
+                    columns = [*columns, _labels(self._range, at, batch.num_rows)]
+                at += batch.num_rows
                 left -= batch.num_rows
                 # The reader leaves the file's own metadata out of its batches.
-                table = pa.Table.from_batches([batch], schema=self.schema)
+                table = pa.Table.from_arrays(columns, schema=self.schema)
                 yield table if self._filter is None else table.filter(self._filter), left == 0
+
+
+def _range_of(schema: pa.Schema) -> Any:
+    """Give the range that pandas has noted in place of an index column, if any."""
+    noted = json.loads((schema.metadata or {}).get(b"pandas", b"{}"))
+    ranges = [each for each in noted.get("index_columns", ()) if isinstance(each, dict) and each["kind"] == "range"]
+    return ranges[0] if ranges else None
+
+
+def _labels(noted: Mapping[str, Any], at: int, count: int) -> pa.Array:
+    start, step = noted["start"] + at * noted["step"], noted["step"]
+    return pa.array(np.arange(start, start + count * step, step, dtype=np.int64))
+
+
+def _with_labels(schema: pa.Schema, noted: Mapping[str, Any]) -> pa.Schema:
+    """Add the column that pandas writes for an index which is no range."""
+    name = noted["name"]
+    field = name if name is not None and name not in schema.names else "__index_level_0__"
+    pandas = json.loads(schema.metadata[b"pandas"])
+    kinds = {"pandas_type": "int64", "numpy_type": "int64", "metadata": None}
+    pandas["columns"] = [*pandas["columns"], {"name": name, "field_name": field, **kinds}]
+    pandas["index_columns"] = [field]
+    more = {**schema.metadata, b"pandas": json.dumps(pandas).encode()}
+    return schema.append(pa.field(field, pa.int64())).with_metadata(more)
 
 
 class _Text:
     """A csv or JSON-lines file. Its types are those of its first megabyte, and have to hold to its end."""
 
+    labels = False
+
     def __init__(self, path: str, filesystem: pa.fs.FileSystem, conditions: Sequence[str], form: str) -> None:
         self._table = ds.dataset(path, format=form, filesystem=filesystem)
         self.schema = self._table.schema
+        for name, kind in zip(self.schema.names, self.schema.types, strict=True):
+            if pa.types.is_binary(kind):  # what the reader makes of text that is not
+                raise ConfigurationError(f"{path}: column {name!r} is not UTF-8; convert it")
+        texts = [number for number, kind in enumerate(self.schema.types) if pa.types.is_string(kind)]
+        self._texts = texts if form == "csv" else []
         self._filter = _filter(conditions, self.schema)
         # Read once through: a line that does not parse is found before anything is paid.
-        self.rows = sum(batch.num_rows for batch in self._batches(TEXT_GROUP_ROWS))
+        self.rows = 0
+        for batch in self._batches(TEXT_GROUP_ROWS):
+            batch.validate(full=True)  # JSON is taken as it comes, UTF-8 or not
+            self.rows += batch.num_rows
+
+    def write_labels(self) -> None:
+        """Do nothing: no range is noted in it."""
 
     def _batches(self, rows: int) -> Iterable[pa.RecordBatch]:
         batches: Iterable[pa.RecordBatch] = self._table.to_batches(
@@ -256,7 +320,10 @@ class _Text:
         taken = 0
         for batch in self._batches(rows):
             taken += batch.num_rows
-            yield pa.Table.from_batches([batch], schema=self.schema), taken >= TEXT_GROUP_ROWS
+            columns = batch.columns
+            for number in self._texts:  # an empty cell of csv is a missing value, as it is for pandas
+                columns[number] = pc.if_else(pc.equal(columns[number], ""), None, columns[number])
+            yield pa.Table.from_arrays(columns, schema=self.schema), taken >= TEXT_GROUP_ROWS
             taken %= TEXT_GROUP_ROWS
 
 

@@ -141,6 +141,37 @@ def test_limit_takes_the_first_rows(server: SimulatedServer, source: Path) -> No
     assert server.stats().received == 45
 
 
+@pytest.mark.parametrize(
+    ("keywords", "left"),
+    [({"where": "text >= row 050"}, [*range(60, 220, 20)]), ({"limit": 2}, [0, 20])],
+    ids=["where", "limit"],
+)
+@pytest.mark.parametrize("name", ["id", None, "text"])
+def test_rows_of_a_range_keep_their_labels_where_some_are_left_out(
+    server: SimulatedServer, tmp_path: Path, keywords: Any, left: list[int], name: str | None
+) -> None:
+    texts = [f"row {number:03}" for number in range(0, 220, 20)]
+    frame = pd.DataFrame({"text": texts}, index=pd.RangeIndex(0, 220, 20, name=name))
+    frame.to_parquet(tmp_path / "in.parquet", row_group_size=3)
+    run_to(server, tmp_path / "in.parquet", tmp_path / "out.parquet", **keywords)
+    out = pd.read_parquet(tmp_path / "out.parquet")
+    assert out.index.tolist() == left
+    assert out.index.name == name
+    assert out["response"].tolist() == [f"echo: row {label:03}" for label in left]
+
+
+def test_files_of_ranges_keep_their_labels_in_one_sink(server: SimulatedServer, tmp_path: Path) -> None:
+    frame = pd.DataFrame({"text": [f"row {number}" for number in range(6)]})
+    for number in range(0, 6, 2):
+        frame[number : number + 2].to_parquet(tmp_path / f"in-{number}.parquet")
+    order = [4, 5, 0, 1, 2, 3]
+    (tmp_path / "in-4.parquet").rename(tmp_path / "in--.parquet")
+    run_to(server, tmp_path / "in-*.parquet", tmp_path / "out.parquet")
+    out = pd.read_parquet(tmp_path / "out.parquet")
+    assert out.index.tolist() == order
+    assert out["response"].tolist() == [f"echo: row {number}" for number in order]
+
+
 def test_a_source_of_no_rows_gives_a_sink_of_the_same_types(server: SimulatedServer, source: Path) -> None:
     run(server, source)
     full = out_of(source)
@@ -304,6 +335,29 @@ def test_text_files_are_read_too(server: SimulatedServer, tmp_path: Path, name: 
     out = pd.read_parquet(tmp_path / "out.parquet")
     assert out[["text", "response"]].to_numpy().tolist() == [["b, c", "echo: b, c"], ["d", "echo: d"]]
     assert out["score"].dtype == "int64"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("in.csv", "text\nGröße\n"), ("in.csv", "größe,text\n1,a\n"), ("in.jsonl", '{"text": "Größe"}\n')],
+)
+def test_a_text_file_that_is_not_utf_8_is_refused_before_anything_is_paid(
+    server: SimulatedServer, tmp_path: Path, name: str, text: str
+) -> None:
+    (tmp_path / name).write_text(text, encoding="latin-1")
+    with pytest.raises(ConfigurationError, match=r"UTF-?8"):
+        run_to(server, tmp_path / name, tmp_path / "out.parquet")
+    assert server.stats().received == 0
+
+
+def test_an_empty_cell_of_csv_is_missing_and_not_paid(server: SimulatedServer, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text('text,n,note\na,1,\n,2,x\n"",NA,NA\n')
+    run_to(server, tmp_path / "in.csv", tmp_path / "out.parquet")
+    out = pd.read_parquet(tmp_path / "out.parquet")
+    assert out["response_status"].tolist() == ["ok", "skipped", "skipped"]
+    assert out[["text", "note"]].isna().to_numpy().tolist() == [[False, True], [True, False], [True, False]]
+    assert out["n"].fillna(0).tolist() == [1, 2, 0]
+    assert server.stats().received == 1
 
 
 def test_a_text_file_that_changes_its_types_half_way_is_refused_before_anything_is_paid(
