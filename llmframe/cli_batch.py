@@ -8,15 +8,14 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-import pyarrow as pa
-
 from llmframe.batch import BatchJob
 from llmframe.cli_call import add_call, keywords_of, prompt_of, schema_named, terminations_interrupt
 from llmframe.cli_words import OK, ROWS_LEFT, STOPPED, Verbs
-from llmframe.errors import ConfigurationError, EndpointError
+from llmframe.errors import EndpointError
 from llmframe.job_work import Paths
 from llmframe.jobs import submit_source
 from llmframe.options import POLL_S, gather
+from llmframe.sinks import write_whole
 
 EXAMPLES = """\
 examples:
@@ -115,10 +114,7 @@ def _collect(arguments: argparse.Namespace) -> int:
         job.refresh()
     except EndpointError as error:  # what has come is on this disk
         away = error
-    try:
-        job.frame().to_parquet(arguments.out)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise ConfigurationError(f"{arguments.out} cannot be written: {error}") from error
+    write_whole(job.frame(), arguments.out)
     _say(job, arguments)
     if away is not None:
         print(f"llmframe: {away}", file=sys.stderr)

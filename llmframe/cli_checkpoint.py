@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 import pandas as pd
 
 from llmframe.checkpoint import read_checkpoint
 from llmframe.cli_words import OK, Verbs
 from llmframe.errors import ConfigurationError
+from llmframe.sinks import write_whole
+from llmframe.sources import filesystem_of
 
 COMMONEST = 5  # errors shown
 ASKED_WITH = ["endpoint", "asked_model", "template", "parameters"]
@@ -38,13 +41,17 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    _refuse_part(arguments.out, arguments.checkpoint)
     answers = read_checkpoint(arguments.checkpoint)
-    try:
-        answers.to_parquet(arguments.out)
-    except (OSError, ImportError) as error:
-        raise ConfigurationError(f"{arguments.out} cannot be written: {error}") from error
+    write_whole(answers, arguments.out)
     print(f"{len(answers):,} answers written to {arguments.out}")
     return OK
+
+
+def _refuse_part(out: str, checkpoint: str) -> None:
+    (_, place), (_, path) = filesystem_of(checkpoint), filesystem_of(out)
+    if os.path.realpath(os.path.dirname(path)) == os.path.realpath(place):
+        raise ConfigurationError(f"{out} is in the checkpoint, whose parts are its own; write to another place")
 
 
 def shown(answers: pd.DataFrame) -> str:

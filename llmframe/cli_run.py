@@ -80,6 +80,8 @@ def _run(arguments: argparse.Namespace) -> int:
             if arguments.batch and arguments.clean and not job.counts.keys() & {"failed", "pending"}:
                 shutil.rmtree(batch_beside(arguments.sink))
         except (LLMFrameError, KeyboardInterrupt) as error:
+            if isinstance(error, LLMFrameError) and not work.began:
+                raise  # wrong use: the same command would meet the same again
             print(f"llmframe: {error}", file=sys.stderr)
             if arguments.json:
                 print(json.dumps(asdict(work.outcome()) | {"stopped": str(error)}))

@@ -30,7 +30,7 @@ from llmframe.planning import output_dtypes, prompts_of
 from llmframe.prompts import Prompt, Prompts
 from llmframe.results import STATUSES, Usage, twin
 from llmframe.runner import Call, Prepared
-from llmframe.sinks import Sink
+from llmframe.sinks import Sink, sweep
 from llmframe.sources import Piece, Source
 
 PART_ROWS = 16_384  # of a part: enough to be worth a plan, few enough that two of them are small
@@ -195,6 +195,8 @@ class Work:
         self._checkpoint: Checkpoint | None = None
         self._seen = _Seen()
         self._sink: Sink | None = None
+        self.began = False
+        """Whether there was something to write to, so that what stops it now leaves answers behind."""
 
     def run(self, beat: Callable[[], None], ended: Callable[[], None], *, partial: bool, clean: bool) -> JobResult:
         """Do it, and wait; see `run` for what it raises.
@@ -210,6 +212,8 @@ class Work:
             with _memory_given_back():
                 loops.run(self._execute, beat)
         except LLMFrameError as error:
+            if not self.began:
+                raise
             raise self._stopped(error, partial) from error.__cause__
         except KeyboardInterrupt:
             raise self._stopped(Interrupted("interrupted"), partial) from None
@@ -234,16 +238,16 @@ class Work:
 
     async def _execute(self, *, asking: bool = True) -> None:
         """Ask for every part, and write each when it and all before it are whole."""
-        self._checkpoint = checkpoint = self._open_checkpoint(Index())
-        assert checkpoint is not None
-        if asking and checkpoint.held:
-            held = f"{checkpoint.held:,} answers are in {self.options.checkpoint}"
-            say(f"{held}; what is among them is not asked", quiet=self.options.progress is False)
         under_way: deque[_Part] = deque()
         whole = False
         gathered = _gathered(self._source.pieces(self._part_rows), self._part_rows)
         try:
-            while (pieces := await loops.in_thread(lambda: next(gathered, None))) is not None:
+            await _to_its_end(self._begin)
+            held = 0 if self._checkpoint is None else self._checkpoint.held
+            if asking and held:
+                said = f"{held:,} answers are in {self.options.checkpoint}; what is among them is not asked"
+                say(said, quiet=self.options.progress is False)
+            while (pieces := await loops.in_thread(lambda: self._read(gathered))) is not None:
                 part = await loops.in_thread(functools.partial(self._prepare, pieces))
                 self.total.under_way.append(part.prepared)
                 before = [each.task for each in under_way if each.task]
@@ -264,7 +268,18 @@ class Work:
             self.total.ended = time.monotonic()
             if self._sink is not None:
                 self._sink.close()
-            await asyncio.shield(loops.in_thread(lambda: checkpoint.close(tidy=whole)))
+            if (checkpoint := self._checkpoint) is not None:
+                await asyncio.shield(loops.in_thread(lambda: checkpoint.close(tidy=whole)))
+
+    def _begin(self) -> None:
+        """Open what is written to: what is wrong with it is known before anything is paid."""
+        try:
+            sweep(self._sinks)
+            self._sink = Sink(self._sinks[0])
+        except Exception as error:
+            raise ConfigurationError(f"{self._sinks[0]} cannot be written: {_reason(error)}") from error
+        self._checkpoint = self._open_checkpoint(Index())
+        self.began = True
 
     def outcome(self) -> JobResult:
         """Give what came of it, so far."""
@@ -289,6 +304,12 @@ class Work:
         words = str(error) or "cancelled"
         error.args = (f"{words} ({total.rows_done:,} of {total.rows:,} rows are done; {way})",)
         return error
+
+    def _read(self, gathered: Iterator[list[Piece]]) -> list[Piece] | None:
+        try:
+            return next(gathered, None)
+        except Exception as error:  # each file system has exception types of its own
+            raise LLMFrameError(f"{self._paths.source} cannot be read any more: {_reason(error)}; mend that") from error
 
     def _prompts(self, table: pa.Table) -> Prompts:
         return prompts_of(table.to_pandas(), self._prompt, self.options)
@@ -345,21 +366,25 @@ class Work:
         except BaseException:
             others.appendleft(part)
             raise
-        await loops.in_thread(functools.partial(self._put, part))
+        await _to_its_end(functools.partial(self._put, part))
         self.total.finish(part.prepared)
 
     def _put(self, part: _Part) -> None:
         answered, at = _answered(part), 0
         for piece in part.pieces:
-            if self._sink is None:
-                self._sink = Sink(self._sinks[piece.file])
-            self._sink.write(answered.slice(at, len(piece.table)), piece.ends_group)
+            sink = self._sinks[piece.file]
+            last = piece.file + 1 == len(self._sinks) or self._sinks[piece.file + 1] != sink
+            try:
+                self._sink = self._sink or Sink(sink)
+                self._sink.write(answered.slice(at, len(piece.table)), piece.ends_group)
+                if piece.ends_file and last:
+                    self._sink.finish()
+                    self._sink = None
+            except Exception as error:  # each file system has exception types of its own
+                raise LLMFrameError(
+                    f"{sink} cannot be written: {_reason(error)}; no answer is lost, mend that"
+                ) from error
             at += len(piece.table)
-            if piece.ends_file and (
-                piece.file + 1 == len(self._sinks) or self._sinks[piece.file + 1] != self._sinks[piece.file]
-            ):
-                self._sink.finish()
-                self._sink = None
 
 
 def _gathered(pieces: Iterator[Piece], rows: int) -> Iterator[list[Piece]]:
@@ -378,6 +403,16 @@ def _gathered(pieces: Iterator[Piece], rows: int) -> Iterator[list[Piece]]:
             held, count = [], 0
     if held:
         yield held
+
+
+async def _to_its_end(work: Callable[[], None]) -> None:
+    """Do blocking work in a thread; whoever is cancelled meanwhile waits for it, since it writes to the sink."""
+    task = asyncio.ensure_future(loops.in_thread(work))
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
 
 
 @contextmanager
@@ -418,6 +453,8 @@ class _Seen:
 def _sinks(paths: Paths, source: Source) -> list[str]:
     """Name the file that each of the source's files goes to."""
     sink = paths.sink
+    if sink.endswith(".parquet") and os.path.isdir(os.path.expanduser(sink)):
+        raise ConfigurationError(f"{sink} is a directory; name a file, or a directory that does not end in .parquet")
     if source.one_file and not os.path.isdir(sink):
         if not sink.endswith(".parquet"):
             raise ConfigurationError(f"{sink} is written as parquet; give it a name that ends in .parquet")
@@ -455,6 +492,10 @@ def _answered(part: _Part) -> pa.Table:
         column = made[name]
         table = table.append_column(made.schema.field(name), column)
     return table.replace_schema_metadata(_metadata(part.table.schema.metadata, made.schema.metadata))
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def _as_json(cell: Any) -> str | None:

@@ -77,7 +77,8 @@ def run(
     ConfigurationError, TemplateError, SchemaError, CheckpointError
         Before any request.
     EndpointError, BudgetExceeded, Interrupted
-        While it runs; the same call goes on.
+        While it runs; the same call goes on. So it does after an `LLMFrameError` that is none of these: the source
+        cannot be read any more, or the sink be written.
 
     Examples
     --------

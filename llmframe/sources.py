@@ -179,7 +179,9 @@ def _found(where: str) -> tuple[pa.fs.FileSystem, list[str], str | None]:
                     f"no {', '.join(FORMATS)} file is in {where}; name a file or another directory"
                 )
             return filesystem, sorted(files), path
-    except (OSError, pa.ArrowException) as error:
+    except ConfigurationError:
+        raise
+    except Exception as error:  # each backend of fsspec has exception types of its own
         raise ConfigurationError(f"{where} cannot be listed: {error}") from error
     if info.type == pa.fs.FileType.NotFound:
         raise ConfigurationError(f"there is no {where}; name a parquet, csv or jsonl file, a directory or a glob")
@@ -215,8 +217,11 @@ def _opened(path: str, filesystem: pa.fs.FileSystem, conditions: Sequence[str]) 
         return (_Parquet if form == "parquet" else _Text)(path, filesystem, conditions, form)
     except UnicodeDecodeError as error:  # of a column's name
         raise ConfigurationError(f"{path} is not UTF-8; convert it") from error
-    except (OSError, pa.ArrowException) as error:
-        raise ConfigurationError(f"{path} cannot be read as {words}: {str(error).splitlines()[0]}") from error
+    except ConfigurationError:
+        raise
+    except Exception as error:  # each backend of fsspec has exception types of its own
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigurationError(f"{path} cannot be read as {words}: {reason}") from error
 
 
 class _Parquet:

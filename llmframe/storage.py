@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from llmframe.errors import CheckpointError, ConfigurationError
 
-__all__ = ["Bucket", "Directory", "Storage", "storage_at"]
+__all__ = ["Bucket", "Directory", "Storage", "storage_at", "written"]
 
 LOCK_S = 10.0  # a lock of our own is contended only while somebody looks whether we are alive
 _LEFTOVER = re.compile(r"\.(?:part|probe)-(?P<writer>[0-9a-f]+)\b.*\.tmp")
@@ -76,6 +76,22 @@ def storage_at(path: str | os.PathLike[str]) -> Storage:
     return Bucket(where)
 
 
+@contextmanager
+def written(path: Path, temporary: Path) -> Iterator[IO[bytes]]:
+    """Open a local file under a temporary name; it gets its own, whole and durable, if no exception ends the block."""
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            _sync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    _sync_directory(path.parent)
+
+
 class Directory:
     """A local directory. Writers are told from dead ones by a file lock each holds while it lives."""
 
@@ -116,21 +132,9 @@ class Directory:
             raise _unreadable(os.fspath(self._path / name), error) from error
         return file
 
-    @contextmanager
-    def write(self, name: str) -> Iterator[IO[bytes]]:
+    def write(self, name: str) -> AbstractContextManager[IO[bytes]]:
         """Write under a temporary name; sync, rename, and sync the directory."""
-        temporary = self._path / f".{name}.tmp"
-        try:
-            with open(temporary, "xb") as file:
-                yield file
-                file.flush()
-                _sync(file.fileno())
-            os.replace(temporary, self._path / name)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink()
-            raise
-        _sync_directory(self._path)
+        return written(self._path / name, self._path / f".{name}.tmp")
 
     def delete(self, name: str) -> None:
         """Delete a file, if it is there and nobody (on Windows) reads it."""

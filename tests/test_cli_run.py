@@ -191,3 +191,68 @@ def test_export_writes_a_checkpoint_as_parquet(here: Path, capsys: pytest.Captur
     assert sorted(pd.read_parquet("answers.parquet")["text"]) == [f"echo: row {n}" for n in range(10)]
     assert main(["export", "out.parquet.checkpoint", "nowhere/answers.parquet"]) == 2
     assert "nowhere/answers.parquet cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the length of files cannot be limited there")
+@pytest.mark.parametrize("verb", ["export", "run"])
+def test_a_disk_that_is_full_leaves_what_was_there(
+    here: Path, server: SimulatedServer, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    run("text", "--quiet", "--checkpoint", "kept")
+    before = Path("out.parquet").read_bytes()
+    capsys.readouterr()
+    command = ["export", "kept", "out.parquet"] if verb == "export" else []
+    command = command or ["run", "in.parquet", "out.parquet", "text", "--checkpoint", "kept", "--json", "--quiet"]
+    # A file may not be longer than this, which leaves room for the locks and the probe of the checkpoint.
+    script = (
+        "import resource, signal, sys; from llmframe.cli import main; "
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); "
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == (2 if verb == "export" else 4), done.stderr
+    assert "out.parquet cannot be written: [Errno 27] File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    if verb == "run":
+        assert "the same job goes on from kept" in done.stderr
+        assert "cannot be written" in json.loads(done.stdout)["stopped"]
+    assert Path("out.parquet").read_bytes() == before
+    assert {path.name for path in here.iterdir()} == {"in.parquet", "out.parquet", "kept"}
+
+
+def test_export_does_not_write_into_the_checkpoint(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("text", "--quiet", "--checkpoint", "kept")
+    (part,) = Path("kept").glob("*.parquet")
+    before = part.read_bytes()
+    for out in (os.fspath(part), f"./kept/../kept/{part.name}", "kept/other.parquet"):
+        assert main(["export", "kept", out]) == 2
+        assert "is in the checkpoint" in capsys.readouterr().err
+    assert part.read_bytes() == before
+    assert list(Path("kept").glob("*.parquet")) == [part]
+
+
+@pytest.mark.parametrize("flags", [["--checkpoint", "in.parquet"], ["--checkpoint", "in.parquet/in"]])
+def test_a_checkpoint_that_cannot_be_opened_is_wrong_use_and_not_asked_for_again(
+    here: Path, server: SimulatedServer, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    assert run("text", "--quiet", *flags) == 2
+    err = capsys.readouterr().err
+    assert "is not a directory" in err
+    assert "goes on" not in err
+    assert server.stats().received == 0
+    assert {path.name for path in here.iterdir()} == {"in.parquet"}
+
+
+def test_a_sink_that_cannot_be_written_is_known_before_anything_is_paid(
+    here: Path, server: SimulatedServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("dir.parquet").mkdir()
+    Path("many").mkdir()
+    pd.read_parquet("in.parquet").to_parquet("many/in.parquet")
+    for source, sink, said in (
+        ("in.parquet", "dir.parquet", "is a directory"),
+        ("many", "in.parquet/out", "cannot be written"),
+    ):
+        assert main(["run", source, sink, "text", "--quiet", "--checkpoint", "kept"]) == 2
+        assert said in capsys.readouterr().err
+    assert server.stats().received == 0

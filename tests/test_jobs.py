@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +22,8 @@ from pydantic import BaseModel
 
 import llmframe
 from llmframe import JobResult, job_work
-from llmframe.errors import BudgetExceeded, ConfigurationError, EndpointError, TemplateError
+from llmframe.errors import BudgetExceeded, ConfigurationError, EndpointError, LLMFrameError, TemplateError
+from llmframe.sinks import Sink
 from tests.server import SimulatedServer
 
 
@@ -261,6 +264,55 @@ def test_a_job_that_was_killed_goes_on(server: SimulatedServer, source: Path) ->
     assert server.stats().received - before < 100
 
 
+def test_what_a_killed_job_left_of_its_sink_goes_with_the_next_and_nobody_elses_does(
+    server: SimulatedServer, source: Path
+) -> None:
+    sink, other = source.with_name("out.parquet"), source.with_name("other.parquet")
+    script = (
+        "import os, sys; from llmframe.sinks import Sink; sinks = [Sink(where) for where in sys.argv[1:]]; os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(sink), str(other)], check=False)
+    living = Sink(str(sink))
+    assert len(list(sink.parent.glob(".*.tmp"))) == 3
+    run(server, source)
+    assert len(list(sink.parent.glob(".out.parquet-*.tmp"))) == 1
+    assert len(list(sink.parent.glob(".other.parquet-*.tmp"))) == 1
+    living.close()
+    assert not list(sink.parent.glob(".out.parquet-*"))
+
+
+def test_two_jobs_to_one_sink_are_in_each_others_way_nowhere(server: SimulatedServer, source: Path) -> None:
+    server.change(latency_s=0.05)
+    sinks = [Sink(str(source.with_name("out.parquet"))) for _ in range(3)]
+    table = pa.table({"text": ["a"]})
+    for sink in sinks:
+        sink.write(table, ends_group=True)
+    for sink in sinks:
+        sink.finish()
+        assert pq.read_table(source.with_name("out.parquet")).equals(table)
+    assert {path.name for path in source.parent.iterdir()} == {"in.parquet", "out.parquet"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to one process here")
+def test_an_interrupt_while_the_sink_is_written_leaves_nothing_of_it(
+    server: SimulatedServer, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Sink.write
+    ended = threading.Event()
+
+    def slowly(sink: Sink, table: pa.Table, ends_group: bool) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+        write(sink, table, ends_group)
+        ended.set()
+
+    monkeypatch.setattr(Sink, "write", slowly)
+    with pytest.raises(llmframe.Interrupted, match="the same job goes on"):
+        run(server, source)
+    assert ended.is_set()
+    assert {path.name for path in source.parent.iterdir()} == {"in.parquet", "out.parquet.checkpoint"}
+
+
 def test_parts_overlap_so_that_the_endpoint_does_not_wait_for_the_last_answer_of_each(
     server: SimulatedServer, source: Path
 ) -> None:
@@ -463,6 +515,24 @@ def test_a_job_on_object_storage_reads_and_writes_there(
         server, "s3://rows/in/*.parquet", tmp_path / "out.parquet", checkpoint="s3://rows/out.checkpoint", clean=True
     )
     assert server.stats().received == 100
+
+
+def test_object_storage_without_credentials_is_said_in_one_line(
+    server: SimulatedServer, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3fs = pytest.importorskip("s3fs")
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, os.devnull)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3fs.S3FileSystem.clear_instance_cache()
+    for where in ("s3://rows/in.parquet", "s3://rows/*.parquet"):
+        with pytest.raises(ConfigurationError, match="credentials"):
+            run_to(server, where, source.with_name("out.parquet"))
+    with pytest.raises(LLMFrameError, match=r"s3://rows/out.parquet cannot be written: .*credentials.*goes on from"):
+        run_to(server, source, "s3://rows/out.parquet", checkpoint=source.with_name("kept"), limit=3)
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_a_form_that_the_endpoint_refuses_is_tried_once_a_job_and_not_once_a_part(
