@@ -16,7 +16,7 @@ from llmframe.cli_checkpoint import add_export, add_inspect
 from llmframe.cli_completion import add_completion
 from llmframe.cli_demo import add_demo
 from llmframe.cli_run import add_run
-from llmframe.cli_words import STOPPED, WRONG_USE
+from llmframe.cli_words import STOPPED, WRONG_USE, complain
 from llmframe.errors import LLMFrameError
 
 
@@ -31,12 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         status: int = arguments.verb(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except LLMFrameError as error:
-        print(f"llmframe: {error}", file=sys.stderr)
+        complain(str(error))
         return WRONG_USE if error.frame is None else STOPPED
     except KeyboardInterrupt as interrupt:
-        print(f"llmframe: {interrupt}" if str(interrupt) else "llmframe: interrupted", file=sys.stderr)
+        complain(str(interrupt) or "interrupted")
         return STOPPED
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from typing import Any
 
 from llmframe.batch import BatchJob
 from llmframe.cli_call import add_call, keywords_of, prompt_of, schema_named, terminations_interrupt
-from llmframe.cli_words import OK, ROWS_LEFT, STOPPED, Verbs
+from llmframe.cli_words import OK, ROWS_LEFT, STOPPED, Verbs, complain, report
 from llmframe.errors import EndpointError
 from llmframe.job_work import Paths
 from llmframe.jobs import submit_source
@@ -117,7 +116,7 @@ def _collect(arguments: argparse.Namespace) -> int:
     write_whole(job.frame(), arguments.out)
     _say(job, arguments)
     if away is not None:
-        print(f"llmframe: {away}", file=sys.stderr)
+        complain(str(away))
         return STOPPED
     return _left(job)
 
@@ -127,7 +126,7 @@ def _left(job: BatchJob) -> int:
     if not left:
         return OK
     said = ", ".join(f"{count:,} {status}" for status, count in left.items())
-    print(f"llmframe: {said}; `llmframe batch resubmit` asks again what may get an answer", file=sys.stderr)
+    complain(f"{said}; `llmframe batch resubmit` asks again what may get an answer")
     return ROWS_LEFT
 
 
@@ -135,7 +134,7 @@ def _say(job: BatchJob, arguments: argparse.Namespace) -> int:
     if arguments.json:
         parts = json.loads(job.parts.to_json(orient="records"))
         said = {"ended": job.ended, "usage": asdict(job.usage), "cost_usd": job.cost_usd, "parts": parts}
-        print(json.dumps(said | ({"counts": job.counts} if job.ended else {})))
+        report(json.dumps(said | ({"counts": job.counts} if job.ended else {})))
     else:
-        print(job)
+        report(str(job))
     return OK

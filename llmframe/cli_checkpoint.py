@@ -8,7 +8,7 @@ import os
 import pandas as pd
 
 from llmframe.checkpoint import read_checkpoint
-from llmframe.cli_words import OK, Verbs
+from llmframe.cli_words import OK, Verbs, report
 from llmframe.errors import ConfigurationError
 from llmframe.sinks import write_whole
 from llmframe.sources import filesystem_of
@@ -44,7 +44,7 @@ def _export(arguments: argparse.Namespace) -> int:
     _refuse_part(arguments.out, arguments.checkpoint)
     answers = read_checkpoint(arguments.checkpoint)
     write_whole(answers, arguments.out)
-    print(f"{len(answers):,} answers written to {arguments.out}")
+    report(f"{len(answers):,} answers written to {arguments.out}")
     return OK
 
 

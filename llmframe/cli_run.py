@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 from dataclasses import asdict, replace
 
 from llmframe.batch import BatchJob
 from llmframe.cli_call import add_call, keywords_of, prompt_of, terminations_interrupt
-from llmframe.cli_words import OK, ROWS_LEFT, STOPPED, Verbs
+from llmframe.cli_words import OK, ROWS_LEFT, STOPPED, Verbs, complain, report
 from llmframe.errors import ConfigurationError, LLMFrameError
 from llmframe.job_work import JobResult, Paths, Work
 from llmframe.jobs import batch_beside, estimate_job, job_options, submit_source
@@ -70,7 +69,7 @@ def _run(arguments: argparse.Namespace) -> int:
             batch = submit_source(paths, prompt, options, batch_beside(arguments.sink), poll_s=arguments.poll_s)
             batch.wait()
         if options.progress is not False:
-            print(batch, file=sys.stderr)
+            complain(str(batch))
         work = Work(paths, prompt, _what_is_left(options, batch))  # what it left is asked online
     quiet = options.progress is False
     drawn = Bar(work.total, options.progress) if quiet or wanted(None) else Lines(work.total)
@@ -82,18 +81,16 @@ def _run(arguments: argparse.Namespace) -> int:
         except (LLMFrameError, KeyboardInterrupt) as error:
             if isinstance(error, LLMFrameError) and not work.began:
                 raise  # wrong use: the same command would meet the same again
-            print(f"llmframe: {error}", file=sys.stderr)
+            complain(str(error))
             if arguments.json:
-                print(json.dumps(asdict(work.outcome()) | {"stopped": str(error)}))
+                report(json.dumps(asdict(work.outcome()) | {"stopped": str(error)}))
             return STOPPED
-    print(json.dumps(asdict(job)) if arguments.json else _words(job))
+    report(json.dumps(asdict(job)) if arguments.json else _words(job))
     if job.counts.keys() <= {"ok", "skipped"}:
         return OK
     left = ", ".join(f"{count:,} {status}" for status, count in job.counts.items() if status not in ("ok", "skipped"))
     column = f"{options.output}_status"
-    print(
-        f"llmframe: {left} of {job.rows:,} rows; see {column} and {options.output}_error in {job.sink}", file=sys.stderr
-    )
+    complain(f"{left} of {job.rows:,} rows; see {column} and {options.output}_error in {job.sink}")
     return ROWS_LEFT
 
 

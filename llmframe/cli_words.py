@@ -4,11 +4,31 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 OK, WRONG_USE, ROWS_LEFT, STOPPED = 0, 2, 3, 4
 
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def report(text: str) -> None:
+    """Print what came of a verb whose work is done, which it stays where nobody takes what is printed."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # What is buffered would be written again at the end of the process, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        complain(f"standard output could not be written: {error.strerror}")
+
+
+def complain(text: str) -> None:
+    """Print to standard error, where there is one."""
+    if sys.stderr is not None:
+        with suppress(OSError, ValueError):
+            print(f"llmframe: {text}", file=sys.stderr, flush=True)
 
 
 def count(text: str) -> int:

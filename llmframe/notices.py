@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from contextlib import suppress
 
 from tqdm import tqdm
 
@@ -36,7 +37,8 @@ def say(text: str, *, quiet: bool, once: bool = False) -> None:
         return
     if once:
         _said.add(text)
-    tqdm.write(f"llmframe: {text}", file=sys.stderr)
+    with suppress(OSError, ValueError):  # it is closed, or whoever read it is gone: no reason to stop a run
+        tqdm.write(f"llmframe: {text}", file=sys.stderr)
 
 
 def warn(text: str) -> None:

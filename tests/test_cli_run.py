@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import pandas as pd
 import pytest
@@ -169,6 +171,44 @@ def test_sigterm_is_a_clean_stop_within_5_s(here: Path, server: SimulatedServer,
     server.configure()
     assert run("text", "--quiet") == 0
     assert server.stats().answered <= 10 + 2, "more than was in the server's two slots was asked anew"
+
+
+def unread_pipe() -> IO[str]:
+    """Open a pipe that nobody reads any more."""
+    read, write = os.pipe()
+    os.close(read)
+    return open(write, "w", buffering=1)
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+@pytest.mark.parametrize("kind", ["closed", "full", "unread"])
+def test_a_job_that_is_done_is_done_where_its_output_goes_nowhere(
+    here: Path, monkeypatch: pytest.MonkeyPatch, kind: str, flags: tuple[str, ...]
+) -> None:
+    if kind == "full" and not Path("/dev/full").exists():
+        pytest.skip("no full device here")
+    opened = {"closed": lambda: None, "full": lambda: os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")}
+    out = opened.get(kind, unread_pipe)()
+    monkeypatch.setattr(sys, "stdout", out)
+    assert run("text", "--quiet", *flags) == 0
+    if out is not None:
+        out.close()
+
+
+@pytest.mark.parametrize("kind", ["closed", "unread"])
+def test_a_job_goes_on_where_standard_error_goes_nowhere(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    run("text", "--quiet", "--limit", "3")  # so that there is something to say before it asks
+    pd.DataFrame({"text": ["fine", "no model reads this. [[status=400]]"]}).to_parquet("in.parquet")
+    capsys.readouterr()
+    err = unread_pipe() if kind == "unread" else None
+    monkeypatch.setattr(sys, "stderr", err)
+    assert run("text", "--json") == 3
+    assert json.loads(capsys.readouterr().out)["counts"] == {"ok": 1, "failed": 1}
+    if err is not None:
+        with suppress(BrokenPipeError):
+            err.close()
 
 
 def test_inspect_shows_what_a_checkpoint_holds(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
