@@ -45,6 +45,10 @@ from llmframe.state import State
 TRIES = 4  # looks of a submission at an endpoint that is away, before it leaves the rest to `wait`
 
 
+class AnotherCall(ConfigurationError):
+    """The directory keeps the job of another call."""
+
+
 def submit_batch(
     prompts: Prompts, options: Options, job: str | os.PathLike[str], *, keep_files: bool, poll_s: float
 ) -> BatchJob:
@@ -60,7 +64,7 @@ def submit_batch(
         if place.exists:
             terms = place.load().terms
             if (terms.digest, terms.output) != (digest_of(call.plan), options.output):
-                raise ConfigurationError(
+                raise AnotherCall(
                     f"another call was submitted as {job}: name another directory, or go on with that job by "
                     f"llmframe.BatchJob.open({os.fspath(job)!r})"
                 )

@@ -7,7 +7,7 @@ import json
 import shutil
 from dataclasses import asdict, replace
 
-from llmframe.batch import BatchJob
+from llmframe.batch import AnotherCall, BatchJob
 from llmframe.cli_call import add_call, keywords_of, prompt_of, terminations_interrupt
 from llmframe.cli_words import OK, ROWS_LEFT, STOPPED, Verbs, complain, report
 from llmframe.errors import ConfigurationError, LLMFrameError
@@ -53,6 +53,11 @@ def add_run(verbs: Verbs) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    with terminations_interrupt():
+        return _job(arguments)
+
+
+def _job(arguments: argparse.Namespace) -> int:
     prompt = prompt_of(arguments)
     keywords = keywords_of(arguments)
     options = job_options(arguments.sink, keywords)
@@ -65,26 +70,24 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ConfigurationError("--dask and --batch are two ways to ask; leave one of them out")
     work = _on_cluster(paths, prompt, options, arguments.dask) if arguments.dask else Work(paths, prompt, options)
     if arguments.batch:
-        with terminations_interrupt():
-            batch = submit_source(paths, prompt, options, batch_beside(arguments.sink), poll_s=arguments.poll_s)
-            batch.wait()
+        batch = _submitted(paths, prompt, options, arguments.poll_s)
+        batch.wait()
         if options.progress is not False:
             complain(str(batch))
         work = Work(paths, prompt, _what_is_left(options, batch))  # what it left is asked online
     quiet = options.progress is False
     drawn = Bar(work.total, options.progress) if quiet or wanted(None) else Lines(work.total)
-    with terminations_interrupt():
-        try:
-            job = work.run(drawn.draw, drawn.close, partial=arguments.partial, clean=arguments.clean)
-            if arguments.batch and arguments.clean and not job.counts.keys() & {"failed", "pending"}:
-                shutil.rmtree(batch_beside(arguments.sink))
-        except (LLMFrameError, KeyboardInterrupt) as error:
-            if isinstance(error, LLMFrameError) and not work.began:
-                raise  # wrong use: the same command would meet the same again
-            complain(str(error))
-            if arguments.json:
-                report(json.dumps(asdict(work.outcome()) | {"stopped": str(error)}))
-            return STOPPED
+    try:
+        job = work.run(drawn.draw, drawn.close, partial=arguments.partial, clean=arguments.clean)
+        if arguments.batch and arguments.clean and not job.counts.keys() & {"failed", "pending"}:
+            shutil.rmtree(batch_beside(arguments.sink))
+    except (LLMFrameError, KeyboardInterrupt) as error:
+        if isinstance(error, LLMFrameError) and not work.began:
+            raise  # wrong use: the same command would meet the same again
+        complain(str(error))
+        if arguments.json:
+            report(json.dumps(asdict(work.outcome()) | {"stopped": str(error)}))
+        return STOPPED
     report(json.dumps(asdict(job)) if arguments.json else _words(job))
     if job.counts.keys() <= {"ok", "skipped"}:
         return OK
@@ -92,6 +95,18 @@ def _run(arguments: argparse.Namespace) -> int:
     column = f"{options.output}_status"
     complain(f"{left} of {job.rows:,} rows; see {column} and {options.output}_error in {job.sink}")
     return ROWS_LEFT
+
+
+def _submitted(paths: Paths, prompt: str, options: Options, poll_s: float) -> BatchJob:
+    beside = batch_beside(paths.sink)
+    try:
+        return submit_source(paths, prompt, options, beside, poll_s=poll_s)
+    except AnotherCall as error:
+        raise ConfigurationError(
+            f"{beside} keeps the Batch job of another call, or of {paths.source} as it was; let it end (llmframe batch "
+            f"wait {beside}), move that directory away, and run this again: what is answered in {options.checkpoint} "
+            "is not asked again"
+        ) from error
 
 
 def _on_cluster(paths: Paths, prompt: str, options: Options, scheduler: str) -> Work:

@@ -123,3 +123,18 @@ def test_a_run_by_batch_gives_the_sink_of_a_run_and_asks_online_only_what_the_ba
     assert out["response_status"].eq("ok").all()
     assert out.columns.tolist()[:3] == ["text", "score", "response"]
     assert os.path.isdir("out.parquet.batch")
+
+
+def test_a_run_by_batch_whose_source_has_grown_says_how_to_go_on_and_pays_nothing_twice(
+    here: list[str], server: BatchServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run", "in.parquet", "out.parquet", "{text}", "--batch", "--poll-s", "0.02", "--quiet"]
+    assert main(command) == 0
+    paid = sum(server.paid().values())
+    pd.DataFrame({"text": [*here, f"{here[0]} more"]}).to_parquet("in.parquet")
+    assert main(command) == 2
+    assert "let it end (llmframe batch wait out.parquet.batch), move that directory away" in capsys.readouterr().err
+    assert main(["batch", "wait", "out.parquet.batch"]) == 0
+    Path("out.parquet.batch").rename("before.batch")
+    assert main(command) == 0
+    assert sum(server.paid().values()) == paid + 1

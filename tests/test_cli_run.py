@@ -173,6 +173,19 @@ def test_sigterm_is_a_clean_stop_within_5_s(here: Path, server: SimulatedServer,
     assert server.stats().answered <= 10 + 2, "more than was in the server's two slots was asked anew"
 
 
+def test_sigterm_before_anything_is_asked_is_a_clean_stop_too(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def terminated(_arguments: object) -> str:
+        signal.raise_signal(signal.SIGTERM)
+        return "text"
+
+    monkeypatch.setattr("llmframe.cli_run.prompt_of", terminated)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert run("text", "--quiet") == 4
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def unread_pipe() -> IO[str]:
     """Open a pipe that nobody reads any more."""
     read, write = os.pipe()
