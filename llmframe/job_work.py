@@ -26,7 +26,7 @@ from llmframe.index import Index
 from llmframe.notices import say
 from llmframe.options import Options, check_count
 from llmframe.pacing import Pacer
-from llmframe.planning import output_dtypes, prompts_of
+from llmframe.planning import output_dtypes, prompts_of, rows_of
 from llmframe.prompts import Prompt, Prompts
 from llmframe.results import STATUSES, Usage, twin
 from llmframe.runner import Call, Prepared
@@ -347,10 +347,14 @@ class Work:
     def _recall_late(self, prepared: Prepared, late: npt.NDArray[np.intp]) -> None:
         assert self._checkpoint is not None
         self._checkpoint.flush()
-        for place, completion in self._checkpoint.find(prepared.state.plan.keys[late]):
-            kept = runner.reread(completion, prepared.state.schema)
+        state = prepared.state
+        shared = rows_of(state.plan)
+        for place, completion in self._checkpoint.find(state.plan.keys[late]):
+            kept = runner.reread(completion, state.schema)
             if kept is not None:
-                prepared.state.outcomes.put(int(late[place]), twin(kept))
+                number = int(late[place])
+                state.outcomes.put(number, twin(kept))
+                state.rows_done += int(shared[number])
 
     async def _write(self, part: _Part, others: deque[_Part]) -> None:
         """Wait for a part, or for the failure of one after it, and write it."""

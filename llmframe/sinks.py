@@ -103,7 +103,7 @@ def whole_file(where: str) -> Iterator[IO[bytes]]:
         with _uploaded(filesystem.handler.fs, name) as file:
             yield file
         return
-    path, writer = Path(name), os.urandom(8).hex()
+    path, writer = Path(name).absolute(), os.urandom(8).hex()
     directory = Directory(path.parent)
     directory.claim(writer)
     try:

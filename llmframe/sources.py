@@ -168,7 +168,8 @@ def _found(where: str) -> tuple[pa.fs.FileSystem, list[str], str | None]:
     """Find the files, sorted, and the directory that they are in, where there may be many."""
     filesystem, path = filesystem_of(where)
     try:
-        if glob.has_magic(path):
+        named = isinstance(filesystem, pa.fs.LocalFileSystem) and os.path.exists(path)
+        if glob.has_magic(path) and not named:  # a name may have brackets of its own
             return filesystem, *_matching(filesystem, path, where)
         info = filesystem.get_file_info(path)
         if info.type == pa.fs.FileType.Directory:

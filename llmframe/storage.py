@@ -70,7 +70,7 @@ def storage_at(path: str | os.PathLike[str]) -> Storage:
     where = os.fspath(path)
     scheme, separator, rest = where.partition("://")
     if not separator:
-        return Directory(Path(where).expanduser())
+        return Directory(Path(where).expanduser().absolute())  # a run that goes on stays there whatever chdir does
     if scheme in ("file", "local"):
         return Directory(Path(rest))
     return Bucket(where)

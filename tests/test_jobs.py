@@ -23,6 +23,8 @@ from pydantic import BaseModel
 import llmframe
 from llmframe import JobResult, job_work
 from llmframe.errors import BudgetExceeded, ConfigurationError, EndpointError, LLMFrameError, TemplateError
+from llmframe.job_work import Paths, Work
+from llmframe.jobs import job_options
 from llmframe.sinks import Sink
 from tests.server import SimulatedServer
 
@@ -373,6 +375,45 @@ def test_a_glob_can_go_into_one_file(server: SimulatedServer, tmp_path: Path) ->
         pd.DataFrame({"text": [f"{number}"]}).to_parquet(tmp_path / f"in-{number}.parquet")
     run_to(server, tmp_path / "in-*.parquet", tmp_path / "out.parquet")
     assert pd.read_parquet(tmp_path / "out.parquet")["text"].tolist() == ["0", "1", "2"]
+
+
+def test_a_file_whose_name_has_brackets_is_that_file(server: SimulatedServer, tmp_path: Path) -> None:
+    for name in ("in[1].parquet", "in1.parquet"):
+        pd.DataFrame({"text": [name]}).to_parquet(tmp_path / name)
+    run_to(server, tmp_path / "in[1].parquet", tmp_path / "out.parquet")
+    assert pd.read_parquet(tmp_path / "out.parquet")["text"].tolist() == ["in[1].parquet"]
+
+
+def test_rows_that_another_part_asked_count_as_done(server: SimulatedServer, tmp_path: Path) -> None:
+    server.change(latency_s=0.2)
+    pd.DataFrame({"text": [f"row {number % 40}" for number in range(80)]}).to_parquet(tmp_path / "in.parquet")
+    done: list[int] = []
+    paths = Paths(str(tmp_path / "in.parquet"), str(tmp_path / "out.parquet"))
+    options = job_options(paths.sink, {"model": "m", "base_url": server.base_url, "progress": False})
+    work = Work(paths, "{text}", options)
+    put = work._put
+
+    def noted(part: Any) -> None:
+        done.append(part.prepared.state.rows_done)
+        put(part)
+
+    work._put = noted  # type: ignore[method-assign]
+    work.run(lambda: None, lambda: None, partial=False, clean=False)
+    assert done == [40, 40]
+
+
+def test_a_job_stays_where_it_began_whatever_chdir_does(
+    server: SimulatedServer, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (source.parent / "elsewhere").mkdir()
+    monkeypatch.chdir(source.parent)
+    server.configure(latency_s=0.2, slots=30)
+    moved = threading.Timer(0.0, lambda: (server.wait_for(answered=1), os.chdir("elsewhere")))
+    moved.start()
+    run_to(server, "in.parquet", "out.parquet")
+    moved.join()
+    assert list((source.parent / "elsewhere").iterdir()) == []
+    assert len(out_of(source)) == 100
 
 
 @pytest.mark.parametrize("name", ["in.csv", "in.jsonl"])
