@@ -258,6 +258,7 @@ class Work:
                     await self._write(under_way.popleft(), under_way)
             while under_way:
                 await self._write(under_way.popleft(), under_way)
+            await _to_its_end(functools.partial(self._finish, self._sinks[-1]))
             whole = True
         finally:
             tasks = [part.task for part in under_way if part.task is not None]
@@ -376,19 +377,28 @@ class Work:
     def _put(self, part: _Part) -> None:
         answered, at = _answered(part), 0
         for piece in part.pieces:
-            sink = self._sinks[piece.file]
-            last = piece.file + 1 == len(self._sinks) or self._sinks[piece.file + 1] != sink
-            try:
-                self._sink = self._sink or Sink(sink)
+            where = self._sinks[piece.file]
+            with _writing(where):
+                self._sink = self._sink or Sink(where)
                 self._sink.write(answered.slice(at, len(piece.table)), piece.ends_group)
-                if piece.ends_file and last:
-                    self._sink.finish()
-                    self._sink = None
-            except Exception as error:  # each file system has exception types of its own
-                raise LLMFrameError(
-                    f"{sink} cannot be written: {_reason(error)}; no answer is lost, mend that"
-                ) from error
             at += len(piece.table)
+            if piece.ends_file and self._sinks[piece.file + 1 : piece.file + 2] != [where]:
+                self._finish(where)
+
+    def _finish(self, where: str) -> None:
+        """Give the file that is written its name; with a limit the last of the source's files need not be read."""
+        if self._sink is not None:
+            with _writing(where):
+                self._sink.finish()
+            self._sink = None
+
+
+@contextmanager
+def _writing(where: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # each file system has exception types of its own
+        raise LLMFrameError(f"{where} cannot be written: {_reason(error)}; the answers are safe, mend that") from error
 
 
 def _gathered(pieces: Iterator[Piece], rows: int) -> Iterator[list[Piece]]:

@@ -377,6 +377,13 @@ def test_a_glob_can_go_into_one_file(server: SimulatedServer, tmp_path: Path) ->
     assert pd.read_parquet(tmp_path / "out.parquet")["text"].tolist() == ["0", "1", "2"]
 
 
+def test_a_limit_that_is_met_before_the_last_file_gives_a_sink_too(server: SimulatedServer, tmp_path: Path) -> None:
+    for number in range(3):
+        pd.DataFrame({"text": [f"{number}"]}).to_parquet(tmp_path / f"in-{number}.parquet")
+    run_to(server, tmp_path / "in-*.parquet", tmp_path / "out.parquet", limit=2)
+    assert pd.read_parquet(tmp_path / "out.parquet")["text"].tolist() == ["0", "1"]
+
+
 def test_a_file_whose_name_has_brackets_is_that_file(server: SimulatedServer, tmp_path: Path) -> None:
     for name in ("in[1].parquet", "in1.parquet"):
         pd.DataFrame({"text": [name]}).to_parquet(tmp_path / name)
