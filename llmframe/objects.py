@@ -28,10 +28,12 @@ from llmframe.strict import JsonSchema, canonical_form, is_loose, plain, strict,
 
 NAME = "answer"  # of a schema without a title that the API would take
 REASONS = 3  # told of an answer that does not fit; the first ones explain the rest
+LONGEST = 500  # characters of what is told
 
 MOMENT = pd.DatetimeTZDtype("us", "UTC")  # what has no offset is taken as UTC: a column has one kind of time
 DAY = "datetime64[us]"  # midnight
 
+_KINDS = {MOMENT: "date and time", DAY: "date", pd.Int64Dtype(): "whole number", pd.Float64Dtype(): "number"}
 _API_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _INT64 = range(-(1 << 63), 1 << 63)
 
@@ -76,8 +78,13 @@ class Objects:
         found = read_answer(text)
         if not isinstance(found, dict):
             raise Unfit(f"the answer {text!r:.{QUOTED}} is no JSON object")
-        parsed = self.validate(found)
-        self.cells(parsed)  # what fits no column fits no answer
+        try:
+            parsed = self.validate(found)
+            self.cells(parsed)  # what fits no column fits no answer
+        except Unfit:
+            raise
+        except Exception as error:  # a validator or a serializer of the user's own may raise anything, or make anything
+            raise Unfit(well_formed(f"the answer does not fit: {type(error).__name__}: {error}"[:LONGEST])) from error
         return parsed
 
     @property
@@ -171,11 +178,9 @@ def of_model(model: type[pydantic.BaseModel]) -> Objects:
                 return model.model_validate_json(orjson.dumps(pruned))
         except pydantic.ValidationError as error:
             raise Unfit(_reasons([(each["loc"], each["msg"]) for each in error.errors(include_url=False)])) from None
-        except Exception as error:  # a validator of the user's own may raise anything
-            raise Unfit(f"the answer does not fit: {type(error).__name__}: {error}") from error
 
     def properties(parsed: Any) -> Mapping[str, Any]:
-        nested = parsed.model_dump(mode="json", by_alias=True) if isinstance(parsed, pydantic.BaseModel) else {}
+        nested = parsed.model_dump(mode="json", by_alias=True, warnings=False)
         given: dict[str, Any] = {}
         for name, own_name in names.items():
             value = getattr(parsed, own_name)
@@ -305,15 +310,24 @@ def _cell(value: Any, dtype: Any, name: str) -> Any:
         if dtype == DAY:
             day = value if isinstance(value, date) else date.fromisoformat(value)
             return datetime(day.year, day.month, day.day)
+        if isinstance(dtype, pd.Int64Dtype):
+            whole = int(value)
+            if whole not in _INT64:
+                raise Unfit(f"{name}: {value} is beyond 64 bits")
+            if whole != value and not isinstance(value, str):
+                raise Unfit(f"{name}: {value!r:.80} is no whole number")
+            return whole
+        if isinstance(dtype, pd.Float64Dtype):
+            return float(value)
     except (ValueError, TypeError, OverflowError) as error:
-        raise Unfit(f"{name}: {value!r:.80} is no {'date' if dtype == DAY else 'date and time'}: {error}") from None
-    if isinstance(dtype, pd.Int64Dtype):
-        if int(value) not in _INT64:
-            raise Unfit(f"{name}: {value} is beyond 64 bits")
-        return int(value)
-    if isinstance(dtype, pd.Float64Dtype):
-        return float(value)
-    if isinstance(dtype, pd.CategoricalDtype | pd.BooleanDtype):
+        raise Unfit(f"{name}: {value!r:.80} is no {_KINDS[dtype]}: {error}") from None
+    if isinstance(dtype, pd.BooleanDtype):
+        if value not in (True, False):
+            raise Unfit(f"{name}: {value!r:.80} is neither true nor false")
+        return bool(value)
+    if isinstance(dtype, pd.CategoricalDtype):
+        if value not in dtype.categories:  # of which pandas would make a null
+            raise Unfit(f"{name}: {value!r:.80} is none of {list(dtype.categories)!r:.200}")
         return value
     return well_formed(value) if isinstance(value, str) else _json(value, name)
 
@@ -353,4 +367,4 @@ def _pruned(value: Any, schema: Any, root: JsonSchema) -> Any:
 def _reasons(errors: list[tuple[Any, str]]) -> str:
     said = [f"{'.'.join(map(str, where)) or 'the answer'}: {what}" for where, what in errors[:REASONS]]
     more = f" (and {len(errors) - REASONS} more)" if len(errors) > REASONS else ""
-    return well_formed(f"the answer does not fit the schema: {'; '.join(said)}{more}"[:500])
+    return well_formed(f"the answer does not fit the schema: {'; '.join(said)}{more}"[:LONGEST])

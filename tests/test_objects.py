@@ -6,6 +6,7 @@ import enum
 import io
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pandas as pd
@@ -19,6 +20,7 @@ from llmframe.repair import json_text, read_answer
 from llmframe.requests import Requests
 from llmframe.results import text_dtype, typed
 from llmframe.schemas import Unfit, read_schema
+from tests.server import SimulatedServer
 
 
 class Mood(enum.Enum):
@@ -152,6 +154,73 @@ def test_a_validator_of_the_users_own_may_raise_anything() -> None:
 
     with pytest.raises(Unfit, match="KeyError"):
         of_model(Picky).read('{"name": "Ann"}')
+
+
+def test_a_value_that_a_validator_made_and_its_column_cannot_hold_does_not_fit() -> None:
+    class Made(BaseModel):
+        stars: int = 1
+        score: float = 1.0
+        again: bool = True
+        kind: Literal["new", "used"] = "new"
+
+        @pydantic.field_validator("*")
+        @classmethod
+        def unknown(cls, value: Any) -> Any:
+            return {3: "n/a", 4: 4.5, 0.5: "half", False: "N", "used": "USED"}.get(value, value)
+
+    schema = of_model(Made)
+    for text, said in (
+        ('{"stars": 3}', "stars: 'n/a' is no whole number"),
+        ('{"stars": 4}', "stars: 4.5 is no whole number"),
+        ('{"score": 0.5}', "score: 'half' is no number"),
+        ('{"again": false}', "again: 'N' is neither true nor false"),
+        ('{"kind": "used"}', "kind: 'USED' is none of"),
+    ):
+        with pytest.raises(Unfit, match=said):
+            schema.read(text)
+    assert schema.cells(schema.read('{"kind": "new"}')) == {"stars": 1, "score": 1.0, "again": True, "kind": "new"}
+
+
+def test_a_row_whose_validator_gives_what_no_column_holds_stops_no_other_and_is_paid_for_once(
+    server: SimulatedServer, tmp_path: Path
+) -> None:
+    class Rated(BaseModel):
+        stars: int
+
+        @pydantic.field_validator("stars")
+        @classmethod
+        def unknown(cls, value: int) -> Any:
+            return value or "n/a"
+
+    frame = pd.DataFrame({"text": [f'[[say={{"stars": {stars}}}]]' for stars in (3, 0, 4)]})
+    calls = {"schema": Rated, "model": "m", "base_url": server.base_url, "progress": False, "checkpoint": tmp_path}
+    out = frame.llm.complete("{text}", **calls)
+    assert out["response_status"].tolist() == ["ok", "invalid", "ok"]
+    assert out["response"].tolist()[1] == '{"stars": 0}'
+    assert out["response_stars"].tolist() == [3, pd.NA, 4]
+    answered = server.stats().answered
+    assert frame.llm.complete("{text}", **calls)["response_status"].tolist() == ["ok", "invalid", "ok"]
+    assert server.stats().answered == answered
+
+
+def test_a_serializer_of_the_users_own_may_raise_anything() -> None:
+    class Shy(BaseModel):
+        tags: list[str]
+
+        @pydantic.field_serializer("tags")
+        def first(self, value: list[str]) -> str:
+            return value[0]
+
+    with pytest.raises(Unfit, match="does not fit: PydanticSerializationError"):
+        of_model(Shy).read('{"tags": []}')
+
+
+def test_a_number_beyond_every_float_does_not_fit() -> None:
+    class Either(BaseModel):
+        n: int | float
+
+    with pytest.raises(Unfit, match="is no number: int too large"):
+        of_model(Either).read(f'{{"n": "{"1" * 400}"}}')
 
 
 def test_an_alias_is_what_the_model_sees_and_what_the_column_is_called() -> None:
