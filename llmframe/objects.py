@@ -19,6 +19,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import orjson
 import pandas as pd
 import pydantic
+from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
 from llmframe.errors import SchemaError
 from llmframe.messages import well_formed
@@ -161,11 +163,19 @@ def of_model(model: type[pydantic.BaseModel]) -> Objects:
     """
     try:
         own = model.model_json_schema()
-    except (pydantic.errors.PydanticUserError, TypeError) as error:  # PydanticInvalidForJsonSchema is one of these
-        raise SchemaError(f"{model.__name__} has no JSON schema: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # pydantic's own, or those of a json_schema_extra of the user's
+        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise SchemaError(f"{model.__name__} has no JSON schema: {said}") from error
     simple = _object(plain(own))
-    names = dict(zip(simple["properties"], model.model_fields, strict=True))
-    decimals = {name for name, own_name in names.items() if _is_decimal(model.model_fields[own_name].annotation)}
+    own_names = {_name_read(each, info): each for each, info in model.model_fields.items()}
+    for name in simple["properties"]:
+        if name not in own_names:
+            raise SchemaError(
+                f"the schema of {model.__name__} has a property {name!r} that is no field of it; pass a model that has "
+                "it as a field: of a RootModel the model inside"
+            )
+    fields = {name: (own_names[name], model.model_fields[own_names[name]]) for name in simple["properties"]}
+    decimals = {name for name, (_, info) in fields.items() if _is_decimal(info.annotation)}
 
     def validate(found: dict[str, Any]) -> pydantic.BaseModel:
         try:
@@ -180,16 +190,29 @@ def of_model(model: type[pydantic.BaseModel]) -> Objects:
             raise Unfit(_reasons([(each["loc"], each["msg"]) for each in error.errors(include_url=False)])) from None
 
     def properties(parsed: Any) -> Mapping[str, Any]:
-        nested = parsed.model_dump(mode="json", by_alias=True, warnings=False)
-        given: dict[str, Any] = {}
-        for name, own_name in names.items():
-            value = getattr(parsed, own_name)
-            simple_value = isinstance(value, str | int | float | bool | Decimal | date | enum.Enum | type(None))
-            given[name] = value if simple_value else nested.get(name, nested.get(own_name))
-        return given
+        return {name: _value(parsed, own_name, info) for name, (own_name, info) in fields.items()}
 
     made = _objects(model.__name__, simple, validate, properties)
     return replace(made, columns={name: object if name in decimals else dtype for name, dtype in made.columns.items()})
+
+
+def _name_read(own_name: str, info: FieldInfo) -> str:
+    """Give the name of a field in the JSON schema, which is that of its alias, or of the first of several."""
+    alias = info.validation_alias
+    paths = alias.convert_to_aliases() if isinstance(alias, pydantic.AliasChoices) else [[alias]]
+    return next((path[0] for path in paths if len(path) == 1 and isinstance(path[0], str)), own_name)
+
+
+def _value(parsed: Any, own_name: str, info: FieldInfo) -> Any:
+    """Give a field's value: a simple one as it is, a nested one as JSON."""
+    value = getattr(parsed, own_name)
+    if isinstance(value, str | int | float | bool | Decimal | date | enum.Enum | None):
+        return value
+    dumped = parsed.model_dump(mode="json", by_alias=True, include={own_name}, warnings=False)
+    name = info.serialization_alias or own_name
+    if isinstance(dumped, dict) and name in dumped:
+        return dumped[name]
+    return to_jsonable_python(value, by_alias=True)  # ``exclude=True``, or a model_serializer with names of its own
 
 
 def _is_decimal(annotation: Any) -> bool:

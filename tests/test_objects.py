@@ -13,6 +13,7 @@ import pandas as pd
 import pydantic
 import pytest
 from pydantic import BaseModel, Field
+from pydantic.json_schema import SkipJsonSchema
 
 from llmframe.errors import SchemaError
 from llmframe.objects import DAY, MOMENT, Objects, of_json_schema, of_model
@@ -232,6 +233,50 @@ def test_an_alias_is_what_the_model_sees_and_what_the_column_is_called() -> None
     assert schema.cells(schema.read('{"outer": "x"}')) == {"outer": "x"}
 
 
+def test_a_nested_value_is_its_own_fields_whatever_the_fields_are_called_when_the_model_is_written() -> None:
+    class Tagged(BaseModel):
+        tags: list[str] = Field(alias="labels")
+        labels: list[str] = Field(validation_alias="tags", serialization_alias="x")
+        hidden: list[Person] = Field(exclude=True)
+        read: list[str] = Field(validation_alias=pydantic.AliasChoices(pydantic.AliasPath("z", 0), "b", "c"))
+
+    schema = of_model(Tagged)
+    cells = schema.cells(schema.read('{"labels": ["L"], "tags": ["T"], "hidden": [{"name": "Ann"}], "b": ["B"]}'))
+    assert cells == {"labels": ["L"], "tags": ["T"], "hidden": [{"name": "Ann", "age": None}], "b": ["B"]}
+
+
+def test_a_nested_value_is_written_by_the_serializers_of_its_field_where_the_model_has_one() -> None:
+    class Sorted(BaseModel):
+        tags: list[str]
+        more: list[str]
+
+        @pydantic.field_serializer("tags")
+        def in_order(self, value: list[str]) -> list[str]:
+            return sorted(value)
+
+        @pydantic.model_serializer(mode="wrap")
+        def renamed(self, handler: Any) -> dict[str, Any]:
+            written = handler(self)
+            return {"tags": written["tags"]} if "tags" in written else {"others": written["more"]}
+
+    schema = of_model(Sorted)
+    assert schema.cells(schema.read('{"tags": ["b", "a"], "more": ["d", "c"]}')) == {
+        "tags": ["a", "b"],
+        "more": ["d", "c"],
+    }
+
+
+def test_a_field_that_the_schema_leaves_out_has_no_column() -> None:
+    class Skipped(BaseModel):
+        model_config = pydantic.ConfigDict(json_schema_extra=lambda schema: schema["properties"].pop("page"))
+        source: SkipJsonSchema[str] = "llm"
+        page: int = 1
+        stars: int
+
+    schema = of_model(Skipped)
+    assert schema.cells(schema.read('{"stars": 4}')) == {"stars": 4}
+
+
 def test_dates_that_are_none_and_numbers_beyond_64_bits_do_not_fit() -> None:
     schema = of_json_schema(
         {"type": "object", "properties": {"day": {"type": "string", "format": "date"}, "n": {"type": "integer"}}}
@@ -386,6 +431,15 @@ class Words(pydantic.RootModel[list[str]]):
     """No object."""
 
 
+class Wrapped(pydantic.RootModel[Person]):
+    """An object whose fields are not its own."""
+
+
+class Mistaken(BaseModel):
+    model_config = pydantic.ConfigDict(json_schema_extra=lambda schema: schema["properties"].pop("nobody"))
+    name: str
+
+
 class Unspeakable(BaseModel):
     model_config = pydantic.ConfigDict(arbitrary_types_allowed=True)
     frame: pd.DataFrame
@@ -395,6 +449,8 @@ class Unspeakable(BaseModel):
     ("schema", "said"),
     [
         (Words, "not that of an object with properties"),
+        (Wrapped, "Wrapped has a property 'name' that is no field of it"),
+        (Mistaken, "Mistaken has no JSON schema: KeyError: 'nobody'"),
         (Unspeakable, "Unspeakable has no JSON schema"),
         ({"type": "array", "items": {"type": "string"}}, "not that of an object with properties"),
         ({"type": "object", "properties": {}}, "has no properties"),
