@@ -5,6 +5,7 @@ An answer that is none of them is never guessed at: it is `Unfit`, with the reas
 
 from __future__ import annotations
 
+import enum
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -104,6 +105,15 @@ class Labels:
         raise Unfit(f"the answer {text!r:.200} is none of the labels {labels:.200}")
 
 
+def _plain(label: Any) -> Any:
+    """Give a member of an enum by its value, and text and numbers as Python's own, which are what an answer holds."""
+    label = label.value if isinstance(label, enum.Enum) else label
+    label = label.item() if isinstance(label, np.generic) else label
+    if isinstance(label, str):
+        return str.__str__(label)
+    return int(label) if isinstance(label, int) and not isinstance(label, bool) else label
+
+
 def read_labels(schema: Sequence[Any] | np.ndarray[Any, Any], output: str = PROPERTY) -> Labels:
     """Read a list of labels.
 
@@ -124,7 +134,7 @@ def read_labels(schema: Sequence[Any] | np.ndarray[Any, Any], output: str = PROP
     >>> read_labels(["positive", "negative"])
     Labels(values=('positive', 'negative'), name='label')
     """
-    labels = [label.item() if isinstance(label, np.generic) else label for label in schema]
+    labels = [_plain(label) for label in schema]
     if not labels:
         raise SchemaError("schema=[] has no labels; name at least one")
     kind = str if isinstance(labels[0], str) else int

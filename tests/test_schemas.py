@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from typing import Any
 
 import jsonschema
@@ -13,6 +14,27 @@ from hypothesis import strategies as st
 
 from llmframe.errors import SchemaError
 from llmframe.schemas import Labels, Unfit, read_schema
+
+
+class Mood(str, enum.Enum):  # noqa: UP042
+    GOOD = "good"
+    BAD = "bad"
+
+
+class Feeling(enum.StrEnum):
+    GOOD = "good"
+    BAD = "bad"
+
+
+class Plain(enum.Enum):
+    GOOD = "good"
+    BAD = "bad"
+
+
+class Stars(enum.IntEnum):
+    ONE = 1
+    TWO = 2
+
 
 SENTIMENT = Labels(("positive", "negative"))
 SCORE = Labels((1, 2, 10))
@@ -31,6 +53,10 @@ SCORE = Labels((1, 2, 10))
         (np.array(["a", "b"]), ("a", "b")),
         ([np.int64(1), np.int8(2)], (1, 2)),
         (["a\ud800"], ("a\ufffd",)),
+        (list(Mood), ("good", "bad")),
+        (list(Feeling), ("good", "bad")),
+        (list(Plain), ("good", "bad")),
+        (list(Stars), (1, 2)),
     ],
 )
 def test_labels_keep_their_order_and_their_type(schema: Any, values: Any) -> None:
@@ -39,6 +65,14 @@ def test_labels_keep_their_order_and_their_type(schema: Any, values: Any) -> Non
     assert labels is not None
     assert [type(label) for label in labels.values] == [type(label) for label in values]
     assert labels.dtype.categories.tolist() == list(values)
+
+
+@pytest.mark.parametrize("members", [Mood, Feeling, Plain])
+def test_an_answer_that_is_the_value_of_an_enums_member_is_that_label(members: Any) -> None:
+    labels = read_schema(list(members))
+    assert labels is not None
+    assert labels.read('{"label": "good"}') == labels.read("good") == "good"
+    assert labels.canonical == Labels(("good", "bad")).canonical
 
 
 def test_no_schema_is_none() -> None:
