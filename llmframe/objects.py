@@ -248,29 +248,32 @@ def _object(schema: JsonSchema) -> JsonSchema:
 def _column(schema: Any, root: JsonSchema) -> Any:
     """Give the type of a property's column: JSON text in place of objects that parquet has no type for."""
     dtype = _dtype(schema, root)
-    return text_dtype() if dtype is object and _is_mixed(schema, root) else dtype
+    return text_dtype() if dtype is object and _is_mixed(schema, root, set()) else dtype
 
 
-def _is_mixed(schema: Any, root: JsonSchema, above: tuple[str, ...] = ()) -> bool:
+def _is_mixed(schema: Any, root: JsonSchema, seen: set[str]) -> bool:
     """Whether values of several kinds may stand in one place somewhere in a nested value."""
     if not isinstance(schema, dict):
         return schema is not False  # true is anything
     if "$ref" in schema:
         reference = str(schema["$ref"])
-        return reference not in above and _is_mixed(_followed(schema, root), root, (*above, reference))
+        if reference in seen:
+            return False  # as far as is known: what it holds is looked at where it was first met
+        seen.add(reference)
+        return _is_mixed(_followed(schema, root), root, seen)
     if "anyOf" in schema or "prefixItems" in schema:
         branches = [*schema.get("anyOf", ()), *schema.get("prefixItems", ())]
         kinds = {_kind(_followed(branch, root)) for branch in branches} - {"null"}
         # Number or string is how pydantic writes a Decimal, which a nested value always holds as a string.
         several = len(kinds) > 1 and kinds not in ({"integer", "number"}, {"number", "string"})
-        return several or any(_is_mixed(branch, root, above) for branch in branches)
+        return several or any(_is_mixed(branch, root, seen) for branch in branches)
     if "enum" in schema:
         return len({type(value) for value in schema["enum"] if value is not None}) > 1
     if schema.get("type") == "array":
-        return _is_mixed(schema.get("items", True), root, above)
+        return _is_mixed(schema.get("items", True), root, seen)
     if _kind(schema) == "object" and (schema.get("additionalProperties") or not schema.get("properties")):
         return True  # parquet would give every row the keys of all, and write no empty one at all
-    return _kind(schema) is None or any(_is_mixed(each, root, above) for each in schema.get("properties", {}).values())
+    return _kind(schema) is None or any(_is_mixed(each, root, seen) for each in schema.get("properties", {}).values())
 
 
 def _kind(schema: JsonSchema) -> Any:

@@ -7,6 +7,7 @@ description, so that the model reads it and the validation on return holds it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,6 +41,7 @@ DROPPED = frozenset(
 LOOSE = frozenset(
     {"prefixItems", "patternProperties", "not", "if", "then", "else", "dependentRequired", "dependentSchemas", "allOf"}
 )  # no server's strict mode has them
+UNFOLDED = 10_000_000  # characters of a key with its references followed; eight models that know one another have more
 _JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null", list: "array"}
 OWN_MAPS = frozenset({"properties", "$defs", "patternProperties", "dependentSchemas"})  # names in them are the user's
 
@@ -64,12 +66,54 @@ def plain(schema: Mapping[str, Any]) -> JsonSchema:
     root = {name: value for name, value in schema.items() if name not in ("definitions", "$defs")}
     made: JsonSchema = _plain(root)
     defs = {name: _plain(value) for name, value in definitions.items()}
+    followed: set[str] = set()
     while "$ref" in made:
-        made = {**_target(made["$ref"], made, defs), **{name: item for name, item in made.items() if name != "$ref"}}
+        reference = made.pop("$ref")
+        if reference == "#" or reference in followed:
+            raise _endless(reference)
+        followed.add(reference)
+        made = {**_target(reference, made, defs), **made}
     reached = _reached(made, defs)
+    used = {name: definition for name, definition in defs.items() if name in reached}
+    _check_ends(made, used)
     if reached:
-        made["$defs"] = {name: definition for name, definition in defs.items() if name in reached}
+        made["$defs"] = used
     return made
+
+
+def _endless(reference: str) -> SchemaError:
+    return SchemaError(
+        f"the schema's {reference!r:.100} refers to itself with no property or item in between, so that no answer can "
+        "be checked against it; let it say what it is"
+    )
+
+
+def _check_ends(root: JsonSchema, defs: Mapping[str, Any]) -> None:
+    """Refuse what is defined by itself: jsonschema would follow it until Python's stack is full."""
+    ended: set[str] = set()
+
+    def look(part: Any, above: tuple[str, ...]) -> None:
+        if not isinstance(part, dict):
+            return
+        reference = part.get("$ref")
+        if reference in above:
+            raise _endless(reference)
+        if reference is not None and reference not in ended:
+            look(_target(reference, root, defs), (*above, reference))
+            ended.add(reference)
+        for inner in _beside(part):
+            look(inner, above)
+
+    look(root, ("#",))
+    for name, definition in defs.items():
+        look(definition, (f"#/$defs/{name}",))
+
+
+def _beside(schema: JsonSchema) -> list[Any]:
+    """Give the schemas inside a schema that the same value has to fit."""
+    inside = [schema.get(name) for name in ("not", "if", "then", "else")]
+    inside += [*schema.get("anyOf", ()), *schema.get("allOf", ()), *schema.get("dependentSchemas", {}).values()]
+    return inside
 
 
 def _plain(schema: Any) -> Any:
@@ -265,7 +309,10 @@ def _is_object(schema: JsonSchema) -> bool:
 
 
 def canonical_form(schema: JsonSchema) -> JsonSchema:
-    """Give a plain schema as a key has it: references followed, so that no name of a definition is in it."""
+    """Give a plain schema as a key has it, without the names of its definitions: each stands where it is referred to.
+
+    Definitions that refer to one another would grow without measure, and are numbered instead.
+    """
     defs = schema.get("$defs", {})
 
     def followed(part: Any, above: tuple[str, ...]) -> Any:
@@ -277,11 +324,52 @@ def canonical_form(schema: JsonSchema) -> JsonSchema:
             if name in above:
                 return {**rest, "$ref": len(above) - above.index(name)}  # so many references up
             return followed({**_target(name, root, defs), **rest}, (*above, name))
-        made = _mapped(part, lambda inner: followed(inner, above))
-        if isinstance(made.get("required"), list):
-            made["required"] = sorted(made["required"])
-        return made
+        return _ordered(_mapped(part, lambda inner: followed(inner, above)))
 
     root = {name: value for name, value in schema.items() if name != "$defs"}
+    if not _keeps_measure(root, defs):
+        return _numbered(root, defs)
     made: JsonSchema = followed(root, ("#",))
     return made
+
+
+def _keeps_measure(root: JsonSchema, defs: Mapping[str, Any]) -> bool:
+    left = UNFOLDED
+    known: dict[str, tuple[int, list[str]]] = {}
+
+    def follow(name: str, above: tuple[str, ...]) -> None:
+        nonlocal left
+        if name not in known:
+            definition = _target(name, root, defs)
+            known[name] = len(json.dumps(definition)), _references(definition)
+        size, references = known[name]
+        left -= size
+        for reference in references:
+            if left > 0 and reference not in above:
+                follow(reference, (*above, reference))
+
+    follow("#", ("#",))
+    return left > 0
+
+
+def _numbered(root: JsonSchema, defs: Mapping[str, Any]) -> JsonSchema:
+    """Give a schema and its definitions in a list, in the order in which they are met, each reference by its place."""
+    places = {"#": 0}
+    made: list[Any] = []
+
+    def numbered(part: Any) -> Any:
+        if not isinstance(part, dict):
+            return part
+        if "$ref" in part:
+            part = {**part, "$ref": places.setdefault(part["$ref"], len(places))}
+        return _ordered(_mapped(part, numbered))
+
+    while len(made) < len(places):
+        definition = _target(list(places)[len(made)], root, defs)
+        made.append(numbered(json.loads(json.dumps(definition, sort_keys=True))))  # no order of names is in a key
+    return {"definitions": made}
+
+
+def _ordered(schema: JsonSchema) -> JsonSchema:
+    required = schema.get("required")
+    return {**schema, "required": sorted(required)} if isinstance(required, list) else schema

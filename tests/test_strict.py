@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import jsonschema
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmframe.errors import SchemaError
+from llmframe.requests import canonical
 from llmframe.strict import canonical_form, is_loose, plain, strict
 
 NODE = {
@@ -63,6 +65,25 @@ def test_a_reference_that_leads_nowhere_is_refused() -> None:
             plain(an_object(a={"$ref": reference}))
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#"},
+        {"$ref": "#/$defs/A", "$defs": {"A": {"$ref": "#/$defs/A"}}},
+        {"$ref": "#/$defs/A", "$defs": {"A": {"$ref": "#/$defs/B"}, "B": {"$ref": "#/$defs/A"}}},
+        {**an_object(a={"$ref": "#/$defs/A"}), "$defs": {"A": {"$ref": "#/$defs/A"}}},
+        {
+            **an_object(a={"$ref": "#/$defs/A"}),
+            "$defs": {"A": {"oneOf": [{"type": "null"}, {"$ref": "#/$defs/B"}]}, "B": {"not": {"$ref": "#/$defs/A"}}},
+        },
+        {**an_object(a={"type": "string"}), "anyOf": [{"$ref": "#"}]},
+    ],
+)
+def test_a_schema_that_is_defined_by_itself_is_refused(schema: Any) -> None:
+    with pytest.raises(SchemaError, match="refers to itself with no property or item in between"):
+        plain(schema)
+
+
 def test_strict_mode_requires_every_property_and_lets_the_optional_ones_be_null() -> None:
     made = strict(
         plain({"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": "integer"}}, "required": ["a"]})
@@ -107,6 +128,26 @@ def test_names_of_definitions_are_not_in_a_key() -> None:
 def test_a_recursive_schema_has_an_end_in_a_key() -> None:
     made = canonical_form(plain(NODE))
     assert made["properties"]["next"]["anyOf"][0]["properties"]["next"]["anyOf"][0] == {"$ref": 1}
+
+
+def mutual(names: list[str]) -> dict[str, Any]:
+    """Give a schema of definitions each of which refers to all, which has a path for every order of them."""
+    child = {"type": "array", "items": {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in names]}}
+    kinds = {name: an_object(kind={"enum": [number]}, child=child) for number, name in enumerate(names)}
+    return plain({"$ref": f"#/$defs/{names[0]}", "$defs": kinds})
+
+
+def test_the_key_of_definitions_that_all_refer_to_one_another_is_short_and_without_their_names() -> None:
+    made = canonical_form(mutual([f"M{number}" for number in range(30)]))
+    assert len(canonical(made)) < 100_000
+    assert made == canonical_form(mutual([f"my__M{30 - number}" for number in range(30)]))
+    assert made != canonical_form(mutual([f"M{number}" for number in range(31)]))
+
+
+def test_the_order_of_properties_is_in_no_key_however_large_the_schema_is() -> None:
+    one = mutual([f"M{number}" for number in range(30)])
+    two = json.loads(json.dumps(one), object_pairs_hook=lambda pairs: dict(reversed(pairs)))
+    assert canonical(canonical_form(one)) == canonical(canonical_form(two))
 
 
 SCALARS = st.sampled_from(
