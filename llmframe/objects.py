@@ -10,7 +10,7 @@ import enum
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from types import UnionType
@@ -20,7 +20,9 @@ import orjson
 import pandas as pd
 import pydantic
 from pydantic.fields import FieldInfo
+from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import to_jsonable_python
+from pydantic_core.core_schema import DecimalSchema
 
 from llmframe.errors import SchemaError
 from llmframe.messages import well_formed
@@ -143,7 +145,8 @@ def of_json_schema(schema: Mapping[str, Any]) -> Objects:
             raise Unfit(_reasons([(error.absolute_path, error.message) for error in errors]))
         return found
 
-    return _objects(own.get("title"), simple, validate, lambda parsed: parsed)
+    columns = {name: _column(part, simple) for name, part in simple["properties"].items()}
+    return _objects(own.get("title"), simple, columns, validate, lambda parsed: parsed)
 
 
 def of_model(model: type[pydantic.BaseModel]) -> Objects:
@@ -163,6 +166,9 @@ def of_model(model: type[pydantic.BaseModel]) -> Objects:
     """
     try:
         own = model.model_json_schema()
+        held = _object(plain(model.model_json_schema(schema_generator=_Held)))
+    except SchemaError:
+        raise
     except Exception as error:  # pydantic's own, or those of a json_schema_extra of the user's
         said = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise SchemaError(f"{model.__name__} has no JSON schema: {said}") from error
@@ -175,7 +181,10 @@ def of_model(model: type[pydantic.BaseModel]) -> Objects:
                 "it as a field: of a RootModel the model inside"
             )
     fields = {name: (own_names[name], model.model_fields[own_names[name]]) for name in simple["properties"]}
-    decimals = {name for name, (_, info) in fields.items() if _is_decimal(info.annotation)}
+    columns = {
+        name: object if _is_decimal(info.annotation) else _column(held["properties"][name], held)
+        for name, (_, info) in fields.items()
+    }
 
     def validate(found: dict[str, Any]) -> pydantic.BaseModel:
         try:
@@ -192,8 +201,14 @@ def of_model(model: type[pydantic.BaseModel]) -> Objects:
     def properties(parsed: Any) -> Mapping[str, Any]:
         return {name: _value(parsed, own_name, info) for name, (own_name, info) in fields.items()}
 
-    made = _objects(model.__name__, simple, validate, properties)
-    return replace(made, columns={name: object if name in decimals else dtype for name, dtype in made.columns.items()})
+    return _objects(model.__name__, simple, columns, validate, properties)
+
+
+class _Held(GenerateJsonSchema):
+    """A model's schema as a column holds the answers: pydantic says that a Decimal may be a number or a string."""
+
+    def decimal_schema(self, schema: DecimalSchema) -> dict[str, Any]:  # noqa: ARG002
+        return {"type": "string"}
 
 
 def _name_read(own_name: str, info: FieldInfo) -> str:
@@ -216,19 +231,32 @@ def _value(parsed: Any, own_name: str, info: FieldInfo) -> Any:
 
 
 def _is_decimal(annotation: Any) -> bool:
-    either = get_origin(annotation) in (Union, UnionType, Annotated)  # of a list or a dict its column is one already
-    return annotation is Decimal or (either and any(map(_is_decimal, get_args(annotation))))
+    """Whether a column holds decimals, among which parquet takes whole numbers, and nothing else."""
+    kinds = _alternatives(annotation)
+    return Decimal in kinds and all(kind in (Decimal, int, type(None)) for kind in kinds)
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for each in get_args(annotation) for kind in _alternatives(each)]
+    return [annotation]
 
 
 def _objects(
-    title: Any, simple: JsonSchema, validate: Callable[[Any], Any], properties: Callable[[Any], Mapping[str, Any]]
+    title: Any,
+    simple: JsonSchema,
+    columns: Mapping[str, Any],
+    validate: Callable[[Any], Any],
+    properties: Callable[[Any], Mapping[str, Any]],
 ) -> Objects:
     name = title if isinstance(title, str) and _API_NAME.fullmatch(title) else NAME
     shown = {"name": name, "strict": not is_loose(simple), "schema": strict(simple)}
     return Objects(
         canonical={"json_schema": canonical_form(simple)},
         response_format={"type": "json_schema", "json_schema": shown},
-        columns={each: _column(part, simple) for each, part in simple["properties"].items()},
+        columns=columns,
         validate=validate,
         properties=properties,
     )
@@ -264,8 +292,7 @@ def _is_mixed(schema: Any, root: JsonSchema, seen: set[str]) -> bool:
     if "anyOf" in schema or "prefixItems" in schema:
         branches = [*schema.get("anyOf", ()), *schema.get("prefixItems", ())]
         kinds = {_kind(_followed(branch, root)) for branch in branches} - {"null"}
-        # Number or string is how pydantic writes a Decimal, which a nested value always holds as a string.
-        several = len(kinds) > 1 and kinds not in ({"integer", "number"}, {"number", "string"})
+        several = len(kinds) > 1 and kinds != {"integer", "number"}
         return several or any(_is_mixed(branch, root, seen) for branch in branches)
     if "enum" in schema:
         return len({type(value) for value in schema["enum"] if value is not None}) > 1
@@ -355,7 +382,9 @@ def _cell(value: Any, dtype: Any, name: str) -> Any:
         if value not in dtype.categories:  # of which pandas would make a null
             raise Unfit(f"{name}: {value!r:.80} is none of {list(dtype.categories)!r:.200}")
         return value
-    return well_formed(value) if isinstance(value, str) else _json(value, name)
+    if isinstance(value, str | Decimal):
+        return well_formed(str(value))
+    return _json(value, name)
 
 
 def _json(value: Any, name: str) -> str:

@@ -373,6 +373,57 @@ def test_lists_and_objects_come_back_from_a_plain_read_parquet() -> None:
     assert back["items"][2] is None
 
 
+class Measured(BaseModel):
+    value: float | str
+    name: str = ""
+
+
+def test_nested_numbers_among_texts_come_back_from_parquet() -> None:
+    class Measures(BaseModel):
+        scores: list[tuple[str, float]]
+        values: list[float | str]
+        pair: tuple[float, str]
+        one: Measured
+
+    texts = [
+        '{"scores": [["a", 0.5]], "values": [1.5, "n/a"], "pair": [1.5, "n/a"], "one": {"value": 1.5}}',
+        '{"scores": [], "values": [], "pair": [2, ""], "one": {"value": "n/a"}}',
+    ]
+    back = written_and_read(of_model(Measures), *texts)
+    assert back["scores"].tolist()[:2] == ['[["a",0.5]]', "[]"]
+    assert back["values"].tolist()[:2] == ['[1.5,"n/a"]', "[]"]
+    assert back["pair"].tolist()[:2] == ['[1.5,"n/a"]', '[2.0,""]']
+    assert back["one"].tolist()[:2] == ['{"value":1.5,"name":""}', '{"value":"n/a","name":""}']
+    nested = {"type": "array", "items": {"anyOf": [{"type": "number"}, {"type": "string"}]}}
+    back = written_and_read(of_json_schema({"type": "object", "properties": {"a": nested}}), '{"a": [1, "b"]}')
+    assert back["a"].tolist()[:1] == ['[1,"b"]']
+
+
+class Priced(BaseModel):
+    price: Decimal
+    was: Decimal | None = None
+
+
+def test_decimals_come_back_from_parquet_nested_or_not() -> None:
+    class Basket(BaseModel):
+        items: list[Priced]
+        prices: list[Decimal]
+        named: list[tuple[Decimal, str]]
+        total: Decimal | int
+        note: Decimal | str
+
+    texts = [
+        """{"items": [{"price": 1.5}], "prices": [1, "2.50"], "named": [["1", "a"]], "total": 3, "note": "free"}""",
+        """{"items": [], "prices": [], "named": [], "total": "3.25", "note": 1.5}""",
+    ]
+    back = written_and_read(of_model(Basket), *texts)
+    assert back["items"][0].tolist() == [{"price": "1.5", "was": None}]
+    assert back["prices"][0].tolist() == ["1", "2.50"]
+    assert [list(pair) for pair in back["named"][0]] == [["1", "a"]]
+    assert back["total"].tolist() == [Decimal(3), Decimal("3.25"), None]
+    assert back["note"].tolist()[:2] == ["free", "1.5"]
+
+
 class Cat(BaseModel):
     kind: Literal["cat"]
     lives: int
