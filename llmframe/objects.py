@@ -9,10 +9,11 @@ from __future__ import annotations
 import enum
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from decimal import Decimal
+from fractions import Fraction
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -28,7 +29,7 @@ from llmframe.errors import SchemaError
 from llmframe.messages import well_formed
 from llmframe.repair import QUOTED, Unfit, read_answer
 from llmframe.results import text_dtype
-from llmframe.strict import JsonSchema, canonical_form, is_loose, plain, strict, takes_null
+from llmframe.strict import JsonSchema, canonical_form, check_required, is_loose, plain, strict, takes_null
 
 NAME = "answer"  # of a schema without a title that the API would take
 REASONS = 3  # told of an answer that does not fit; the first ones explain the rest
@@ -134,7 +135,8 @@ def of_json_schema(schema: Mapping[str, Any]) -> Objects:
     except jsonschema.SchemaError as error:
         raise SchemaError(f"the JSON schema is not valid: {error.message:.200}; see json-schema.org") from error
     simple = _object(plain(own))
-    checker = jsonschema.Draft202012Validator(own)
+    extended: Any = jsonschema.validators.extend  # untyped in its stubs
+    checker = extended(jsonschema.Draft202012Validator, {"multipleOf": _multiple_of})(own)
 
     def validate(found: dict[str, Any]) -> dict[str, Any]:
         errors = sorted(checker.iter_errors(found), key=lambda error: list(map(str, error.absolute_path)))
@@ -147,6 +149,14 @@ def of_json_schema(schema: Mapping[str, Any]) -> Objects:
 
     columns = {name: _column(part, simple) for name, part in simple["properties"].items()}
     return _objects(own.get("title"), simple, columns, validate, lambda parsed: parsed)
+
+
+def _multiple_of(validator: Any, step: float, value: Any, schema: Any) -> Iterator[Any]:  # noqa: ARG001
+    """Check ``multipleOf`` by the digits as they are written: among floats 0.3 is no multiple of 0.1."""
+    import jsonschema
+
+    if validator.is_type(value, "number") and Fraction(str(value)) % Fraction(str(step)):
+        yield jsonschema.ValidationError(f"{value!r} is not a multiple of {step}")
 
 
 def of_model(model: type[pydantic.BaseModel]) -> Objects:
@@ -173,14 +183,15 @@ def of_model(model: type[pydantic.BaseModel]) -> Objects:
         said = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise SchemaError(f"{model.__name__} has no JSON schema: {said}") from error
     simple = _object(plain(own))
-    own_names = {_name_read(each, info): each for each, info in model.model_fields.items()}
+    inside = _inside(model).model_fields
+    own_names = {_name_read(each, info): each for each, info in inside.items()}
     for name in simple["properties"]:
         if name not in own_names:
             raise SchemaError(
-                f"the schema of {model.__name__} has a property {name!r} that is no field of it; pass a model that has "
-                "it as a field: of a RootModel the model inside"
+                f"the schema of {model.__name__} has a property {name!r} that is no field of it; "
+                "pass a model that has it as a field"
             )
-    fields = {name: (own_names[name], model.model_fields[own_names[name]]) for name in simple["properties"]}
+    fields = {name: (own_names[name], inside[own_names[name]]) for name in simple["properties"]}
     columns = {
         name: object if _is_decimal(info.annotation) else _column(held["properties"][name], held)
         for name, (_, info) in fields.items()
@@ -199,6 +210,8 @@ def of_model(model: type[pydantic.BaseModel]) -> Objects:
             raise Unfit(_reasons([(each["loc"], each["msg"]) for each in error.errors(include_url=False)])) from None
 
     def properties(parsed: Any) -> Mapping[str, Any]:
+        while isinstance(parsed, pydantic.RootModel):
+            parsed = parsed.root
         return {name: _value(parsed, own_name, info) for name, (own_name, info) in fields.items()}
 
     return _objects(model.__name__, simple, columns, validate, properties)
@@ -209,6 +222,14 @@ class _Held(GenerateJsonSchema):
 
     def decimal_schema(self, schema: DecimalSchema) -> dict[str, Any]:  # noqa: ARG002
         return {"type": "string"}
+
+
+def _inside(model: type[pydantic.BaseModel]) -> type[pydantic.BaseModel]:
+    """Give the model whose fields an answer has: of a RootModel it is the one that it holds."""
+    if not issubclass(model, pydantic.RootModel):
+        return model
+    held: Any = model.model_fields["root"].annotation
+    return _inside(held) if isinstance(held, type) and issubclass(held, pydantic.BaseModel) else model
 
 
 def _name_read(own_name: str, info: FieldInfo) -> str:
@@ -252,7 +273,10 @@ def _objects(
     properties: Callable[[Any], Mapping[str, Any]],
 ) -> Objects:
     name = title if isinstance(title, str) and _API_NAME.fullmatch(title) else NAME
-    shown = {"name": name, "strict": not is_loose(simple), "schema": strict(simple)}
+    loose = is_loose(simple)
+    if not loose:
+        check_required(simple)
+    shown = {"name": name, "strict": not loose, "schema": strict(simple)}
     return Objects(
         canonical={"json_schema": canonical_form(simple)},
         response_format={"type": "json_schema", "json_schema": shown},

@@ -53,7 +53,8 @@ def read_schema(schema: Any, output: str = PROPERTY) -> Schema | None:
         if isinstance(own, Mapping) and isinstance(own.get("schema"), Mapping) and "properties" not in own:
             raise SchemaError("schema= is a response_format and not a JSON schema; pass what is under its 'schema' key")
         return of_json_schema(schema)
-    if isinstance(schema, str | bytes) or not isinstance(schema, Sequence | np.ndarray):
+    several = schema.ndim > 0 if isinstance(schema, np.ndarray) else isinstance(schema, Sequence)
+    if isinstance(schema, str | bytes) or not several:
         raise SchemaError(
             f"schema={schema!r:.80} is no schema; pass a list of labels, as in schema=['positive', 'negative'], "
             "a pydantic model (the class), or a JSON schema as a dict"

@@ -139,9 +139,9 @@ def _plain(schema: Any) -> Any:
         made.pop("type", None)  # pydantic writes it or not, by its version
     branches = schema.get("allOf")
     if isinstance(branches, list):
-        if len(branches) == 1:
+        if len(branches) == 1 and isinstance(branches[0], Mapping):
             made = {**_plain(branches[0]), **made}
-        else:
+        elif branches != [True]:  # which says nothing
             made["allOf"] = [_plain(branch) for branch in branches]
     if isinstance(schema.get("oneOf"), list):
         made["anyOf"] = [_plain(branch) for branch in schema["oneOf"]]
@@ -239,6 +239,25 @@ def is_loose(schema: JsonSchema) -> bool:
     if not schema.keys() & {"type", "enum", "anyOf", "$ref"}:
         return True  # anything at all
     return any(is_loose(inner) for inner in _children(schema) if isinstance(inner, dict))
+
+
+def check_required(schema: JsonSchema) -> None:
+    """Refuse a required property that is not among the properties, where strict mode takes no other.
+
+    Raises
+    ------
+    SchemaError
+        No answer can have it.
+    """
+    missing = [name for name in schema.get("required", ()) if name not in schema.get("properties", {})]
+    if missing and _is_object(schema):
+        raise SchemaError(
+            f"the schema requires {missing[0]!r}, which is not among its properties "
+            f"{list(schema['properties'])!r:.200}; add it there, or take it from 'required'"
+        )
+    for inner in _children(schema):
+        if isinstance(inner, dict):
+            check_required(inner)
 
 
 def strict(schema: JsonSchema) -> JsonSchema:

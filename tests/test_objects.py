@@ -266,6 +266,20 @@ def test_a_nested_value_is_written_by_the_serializers_of_its_field_where_the_mod
     }
 
 
+def test_a_root_model_has_the_columns_of_the_model_that_it_holds() -> None:
+    class Wrapped(pydantic.RootModel[Review]):
+        """A review, checked as a whole."""
+
+    class Twice(pydantic.RootModel[Wrapped]):
+        """The same again."""
+
+    for model in (Wrapped, Twice):
+        schema, own = of_model(model), of_model(Review)
+        assert schema.columns == own.columns
+        assert schema.cells(schema.read(TEXT)) == own.cells(own.read(TEXT))
+        assert isinstance(schema.read(TEXT), model)
+
+
 def test_a_field_that_the_schema_leaves_out_has_no_column() -> None:
     class Skipped(BaseModel):
         model_config = pydantic.ConfigDict(json_schema_extra=lambda schema: schema["properties"].pop("page"))
@@ -478,12 +492,16 @@ def test_a_recursive_model_works() -> None:
     }
 
 
+CLOSED = {"type": "object", "properties": {"x": {"type": "string"}}}
+
+
 class Words(pydantic.RootModel[list[str]]):
     """No object."""
 
 
-class Wrapped(pydantic.RootModel[Person]):
-    """An object whose fields are not its own."""
+class Added(BaseModel):
+    model_config = pydantic.ConfigDict(json_schema_extra=lambda schema: schema["properties"].update(more={}))
+    name: str
 
 
 class Mistaken(BaseModel):
@@ -500,19 +518,46 @@ class Unspeakable(BaseModel):
     ("schema", "said"),
     [
         (Words, "not that of an object with properties"),
-        (Wrapped, "Wrapped has a property 'name' that is no field of it"),
+        (Added, "Added has a property 'more' that is no field of it"),
         (Mistaken, "Mistaken has no JSON schema: KeyError: 'nobody'"),
         (Unspeakable, "Unspeakable has no JSON schema"),
         ({"type": "array", "items": {"type": "string"}}, "not that of an object with properties"),
         ({"type": "object", "properties": {}}, "has no properties"),
         ({"type": "objekt", "properties": {"a": {}}}, "the JSON schema is not valid"),
         ({"type": "object", "properties": {"a": object()}}, "the JSON schema is no JSON"),
+        ({"type": "object", "properties": {"a": {}}, "allOf": [{"$ref": "#"}]}, "refers to itself"),
+        (
+            {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a", "b"]},
+            r"requires 'b', which is not among its properties \['a'\]",
+        ),
+        (
+            {"type": "object", "properties": {"a": {"type": "array", "items": {**CLOSED, "required": ["y"]}}}},
+            "requires 'y'",
+        ),
         (Person(name="Ann"), "is no schema"),
     ],
 )
 def test_a_schema_that_cannot_be_asked_for_is_refused(schema: Any, said: str) -> None:
     with pytest.raises(SchemaError, match=said):
         read_schema(schema)
+
+
+def test_an_open_object_may_require_what_it_does_not_name() -> None:
+    schema = of_json_schema(
+        {"type": "object", "properties": {"a": {}}, "required": ["b"], "additionalProperties": {"type": "integer"}}
+    )
+    assert schema.read('{"b": 1}') == {"b": 1}
+
+
+@pytest.mark.parametrize("step", [0.1, 0.01, 1])
+def test_a_multiple_is_one_by_its_digits(step: float) -> None:
+    schema = of_json_schema({"type": "object", "properties": {"r": {"type": "number", "multipleOf": step}}})
+    for text in (f'{{"r": {times * step:.2f}}}' for times in range(200)):
+        schema.read(text)
+    for text in ('{"r": 0.355}', '{"r": 1e-300}', '{"r": -2.123}'):
+        with pytest.raises(Unfit, match=f"is not a multiple of {step}"):
+            schema.read(text)
+    assert schema.read('{"r": 1e300}') == {"r": 1e300}
 
 
 def key_of(schema: Objects) -> str:

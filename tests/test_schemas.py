@@ -100,6 +100,7 @@ def test_no_schema_is_none() -> None:
         (["a\n"], "white space around it"),
         ([2**60], "beyond 53 bits"),
         ("positive", "schema='positive' is no schema; pass a list of labels"),
+        (np.array("positive"), "is no schema; pass a list of labels"),
         (b"ab", "is no schema; pass a list of labels"),
         ({"a", "b"}, "is no schema; pass a list of labels"),
         ({"type": "object"}, "not that of an object with properties"),

@@ -42,6 +42,7 @@ def an_object(**properties: Any) -> dict[str, Any]:
         ({"type": ["string", "null"]}, {"anyOf": [{"type": "string"}, {"type": "null"}]}),
         ({"type": "string", "nullable": True}, {"anyOf": [{"type": "string"}, {"type": "null"}]}),
         ({"allOf": [{"type": "string"}], "description": "d"}, {"type": "string", "description": "d"}),
+        ({"allOf": [True], "type": "string"}, {"type": "string"}),
         ({"type": "string", "default": "x", "examples": ["y"]}, {"type": "string"}),
     ],
 )
