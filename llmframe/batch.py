@@ -20,7 +20,7 @@ import pandas as pd
 
 from llmframe import answers, loops, runner
 from llmframe.batch_access import Access, checked_poll
-from llmframe.batch_api import Away, BatchApi
+from llmframe.batch_api import Away, BatchApi, Refused
 from llmframe.batch_intake import ANSWERS, check_call, plan_job
 from llmframe.batch_ledger import Busy, Ledger, Left, Place
 from llmframe.batch_plan import FileLimits, key_of
@@ -283,12 +283,12 @@ class BatchJob:
         EndpointError
             As for `refresh`.
         """
+        self._ledger = self._place.load()
+        if not self._ledger.over:
+            raise ConfigurationError(f"the job in {self.directory} has not ended; job.wait() first, or job.cancel()")
+        self._run(self._look_again, lambda: None)
         with self._place.held():
             ledger = self._ledger = self._place.load()
-            if not ledger.over:
-                raise ConfigurationError(
-                    f"the job in {self.directory} has not ended; job.wait() first, or job.cancel()"
-                )
             sources = [part for part in ledger.parts if part.left and not part.taken]
             if sources:
                 lines = self._lines_again(ledger)
@@ -387,6 +387,10 @@ class BatchJob:
             await worker.look()
             return worker.asked_s
 
+    async def _look_again(self, api: BatchApi) -> None:
+        async with self._worker(api, self._keeper()) as worker:
+            await worker.look_again()
+
     async def _wait(self, api: BatchApi) -> None:
         slow, asked_s, told = 1.0, 0.0, False
         while True:
@@ -415,6 +419,8 @@ class BatchJob:
             worker = Worker(self._place, api, keeper, self._access.poll_s, self._place.load())
             try:
                 yield worker
+            except Refused as refusal:  # of what a Batch API does not refuse: asked once more, it may be done
+                raise Away(str(refusal)) from refusal
             finally:
                 self._ledger = worker.ledger
         finally:

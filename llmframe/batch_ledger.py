@@ -51,7 +51,7 @@ class Part:
     refused : int
         Times in a row that it was refused for too many enqueued tokens.
     missing_since : float or None
-        When its batch, which may have been created, was first not found; in seconds since 1970.
+        When its batch, or a part of what that gave, was first not found; in seconds since 1970.
     file_id, batch_id, output_file_id, error_file_id : str or None
         As the provider names them.
     status : str or None
@@ -89,6 +89,11 @@ class Part:
     error: str | None = None
     usage: Usage = field(default_factory=Usage)
     cost_usd: float | None = None
+
+    @property
+    def lost(self) -> bool:
+        """Whether its batch was there, and that or a part of what it gave is not to be found."""
+        return self.batch_id is not None and self.missing_since is not None
 
     @property
     def input(self) -> str:

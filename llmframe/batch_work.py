@@ -7,6 +7,7 @@ goes on from the ledger. What may have been done already is looked for before it
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from llmframe import loops
-from llmframe.batch_api import Away, BatchApi, Problem, Refused, Seen
+from llmframe.batch_api import ENDED, Away, BatchApi, Problem, Refused, Seen
 from llmframe.batch_ledger import WAITING, Ledger, Left, Part, Place
 from llmframe.batch_plan import FileLimits, LineSize, key_of, next_to_go, place, said_limit
 from llmframe.batch_replies import Answered, Read, read_line, stacked
@@ -26,9 +27,9 @@ from llmframe.results import PAID, Completion, Usage
 
 T = TypeVar("T")
 
-SLOWEST = 30.0  # times `POLL_S`, between two looks while nothing does: 5 minutes
+SLOWEST = 30.0  # times `poll_s`, between two looks while nothing does: 5 minutes, if it is left as it is
 SLOWER = 1.5  # times the last, with each look that saw nothing new
-SETTLE = 3.0  # times the first, after which a batch that is in no list was not created
+SETTLE_S = 30.0  # what is not to be found for so long is not there: lists and files may be late, whatever `poll_s` is
 SPLIT_AFTER = 2  # refusals for enqueued tokens of a part that is alone: the next time it is two
 ROUNDS = 4  # times that a file is sent again without the lines its validation named
 VECTORS = 512  # put into the checkpoint together
@@ -126,7 +127,7 @@ class Worker:
 
         Raises
         ------
-        Away, EndpointError
+        Away, Refused, EndpointError
             Where it cannot be done; what was done is in the ledger.
         """
         self.asked_s = 0.0
@@ -139,6 +140,14 @@ class Worker:
                 break
         if self.ledger.over and not self.ledger.swept:
             await self._sweep()
+
+    async def look_again(self) -> None:
+        """Look, also for what was lost: a key of another project, or a proxy, may have hidden it."""
+        for part in self.ledger.parts:
+            if part.lost and part.left and not part.taken:  # it was missed long ago: what is missing still, is gone
+                self._put(replace(part, stage="running", failed=0, left=0, error=None))
+                self.directory.delete(part.leftovers)
+        await self.look()
 
     async def cancel(self) -> None:
         """Send no more, and ask the provider to stop."""
@@ -204,15 +213,20 @@ class Worker:
         """Find out whether a batch that was meant was created; if it was, it is not created again."""
         found = await self.api.find_batches(self._tag(part), self.ledger.terms.created_s)
         if found:
-            for twin in found[1:]:  # the first came into the list too late; what it did is paid, the rest need not be
+            for twin in found[1:]:  # the first was listed so late that a second was made; only what that did is paid
                 await self.api.cancel(twin.id)
             self._put(replace(part, stage="running", batch_id=found[0].id, missing_since=None))
             return
+        if self._long_missing(part):  # else the list may be late
+            self._put(replace(part, stage="uploaded", missing_since=None))
+
+    def _long_missing(self, part: Part) -> bool:
+        """Note that something of a part is not to be found; whether that has lasted so long that it is not there."""
         now = time.time()
         if part.missing_since is None or part.missing_since > now:
-            self._put(replace(part, missing_since=now))  # the list may be late: look once more before it counts
-        elif now - part.missing_since >= SETTLE * self.poll_s:
-            self._put(replace(part, stage="uploaded", missing_since=None))
+            self._put(replace(part, missing_since=now))
+            return False
+        return now - part.missing_since >= SETTLE_S
 
     async def _send(self, part: Part) -> None:
         """Upload a part and make a batch of it: the intent first, then the deed."""
@@ -260,10 +274,18 @@ class Worker:
         try:
             seen = await self.api.look(part.batch_id)
         except Refused as refusal:
-            self._refused(part, f"the provider knows the batch {part.batch_id} no more: {refusal}")
+            await self._unknown(part, refusal)
             return
         self.asked_s = max(self.asked_s, seen.asked_s)
-        now = replace(part, status=seen.status, done=seen.done, failed=seen.failed)
+        now = replace(
+            part,
+            status=seen.status,
+            done=seen.done,
+            failed=seen.failed,
+            output_file_id=seen.output_file_id,
+            error_file_id=seen.error_file_id,
+            missing_since=part.missing_since if part.status in ENDED else None,  # then it is its files that are missed
+        )
         if not seen.ended:
             if now != part:
                 self._put(now)
@@ -271,9 +293,23 @@ class Worker:
                 await self.api.cancel(part.batch_id)  # it was created, or found, after the others were cancelled
             return
         if seen.status == "failed" and seen.output_file_id is None and seen.error_file_id is None:
-            await self._invalid(now, seen)
+            await self._invalid(replace(now, missing_since=None), seen)
             return
-        await self._fetch(replace(now, output_file_id=seen.output_file_id, error_file_id=seen.error_file_id))
+        await self._fetch(now)
+
+    async def _unknown(self, part: Part, refusal: Refused) -> None:
+        """Give up a batch that is shown no more, where it is in no list either, and has not been for long."""
+        if refusal.http != 404:  # a word of whatever is in between: the batch goes on, and is paid for
+            raise refusal
+        listed = await self.api.find_batches(self._tag(part), self.ledger.terms.created_s)
+        if any(each.id == part.batch_id for each in listed):
+            raise refusal
+        if self._long_missing(part):
+            words = (
+                f"the provider neither shows nor lists the batch {part.batch_id} (is the key of its project?); "
+                f"job.resubmit() looks for it once more before it asks again: {refusal}"
+            )
+            self._refused(replace(part, status="lost"), words)
 
     async def _hold(self, part: Part, message: str) -> None:
         """Put a part back whose tokens are too many just now; where they always will be, in pieces."""
@@ -341,7 +377,7 @@ class Worker:
         self._put(replace(part, stage="replaced"), *(replace(each, rounds=part.rounds) for each in made))
 
     async def _fetch(self, part: Part) -> None:
-        """Bring what a batch gave onto this disk."""
+        """Bring what a batch gave onto this disk: all of it, unless that is not to be had."""
         for file_id, name in ((part.output_file_id, part.output), (part.error_file_id, part.errors)):
             if file_id is None:
                 continue
@@ -350,9 +386,13 @@ class Worker:
                     await self.api.fetch(file_id, file)
             except Refused as refusal:
                 if refusal.http != 404:
-                    raise Away(str(refusal)) from refusal
-                # Deleted by somebody else, or expired: what is not there cannot be had, and its rows are as not asked.
-        self._put(replace(part, stage="fetched"))
+                    raise
+                # Not there yet, or deleted by somebody else, or expired: the count of its lines tells.
+        fault = await _to_its_end(lambda: incomplete(part, self.directory))
+        if fault is None:
+            self._put(replace(part, stage="fetched", missing_since=None))
+        elif self._long_missing(part):  # it is lost, and so its files stay: there is no other copy
+            self._put(replace(part, stage="fetched", error=f"{fault}; job.resubmit() fetches them once more"))
 
     # -- what came
 
@@ -380,7 +420,7 @@ class Worker:
 
     async def _clear(self, part: Part) -> None:
         """Delete what is no longer needed, here and at the provider."""
-        if not self.ledger.terms.keep_files:
+        if not self.ledger.terms.keep_files and not part.lost:
             for file_id in (part.file_id, part.output_file_id, part.error_file_id):
                 if file_id is not None:
                     await self._delete(file_id)
@@ -392,8 +432,10 @@ class Worker:
         self.directory.delete(*(part.input for part in self.ledger.parts if part.taken or not part.left))
         if not self.ledger.terms.keep_files:
             start = f"llmframe-{self.ledger.terms.id}-"
+            kept = {part.file_id for part in self.ledger.parts if part.lost}  # of a batch that may be at work
             for file_id, _, _ in await self.api.find_files(start, self.ledger.terms.created_s):
-                await self._delete(file_id)
+                if file_id not in kept:
+                    await self._delete(file_id)
         self._save(replace(self.ledger, swept=True))
 
     async def _delete(self, file_id: str) -> None:
@@ -460,6 +502,24 @@ def collect(directory: Place, part: Part, checkpoint: Checkpoint, read: Read) ->
         del totals.left[key]
     totals.answered += len(filtered)
     return totals
+
+
+def incomplete(part: Part, directory: Place) -> str | None:
+    """Say what is missing in the files of a batch that has ended; None where all is there."""
+    lines = 0
+    for name in (part.output, part.errors):
+        last = b""
+        for line in directory.lines(name):
+            if line.strip():
+                lines, last = lines + 1, line
+        try:
+            json.loads(last or b"{}")
+        except ValueError:
+            return f"{name} breaks off in its line {lines:,}"
+    counted = max(part.done + part.failed, part.requests if part.status == "completed" else 0)
+    if lines >= counted:
+        return None
+    return f"the batch's files have {lines:,} lines, and it has {counted:,} requests that are done"
 
 
 def _count(totals: Totals, answer: Completion) -> None:

@@ -90,6 +90,14 @@ class BatchBehaviour:
         A ``Retry-After`` with each look at a batch.
     require_key : str or None
         401 for whoever does not send it.
+    hidden : bool
+        Whether batches are neither shown nor listed, as for a key of another project.
+    listed_after_s : float
+        How late batches come into the list.
+    look_status : int or None
+        A look at a batch is answered with this status.
+    content_share : float
+        The share of a file that whoever fetches it gets, as if it were all; with 0 it is a 404.
     """
 
     validate_s: float = 0.0
@@ -104,6 +112,10 @@ class BatchBehaviour:
     status_all: int | None = None
     retry_after_s: float | None = None
     require_key: str | None = None
+    hidden: bool = False
+    listed_after_s: float = 0.0
+    look_status: int | None = None
+    content_share: float = 1.0
 
 
 @dataclass(slots=True)
@@ -548,7 +560,11 @@ class Api:
 
     async def file_content(self, request: web.Request) -> web.StreamResponse:
         file = self.store.get("file", request.match_info["id"])
-        return _missing(request) if file is None else web.FileResponse(self.store.content(file["id"]))
+        share = self.behaviour.content_share
+        if file is None or not share:
+            return _missing(request)
+        path = self.store.content(file["id"])
+        return web.FileResponse(path) if share == 1 else web.Response(body=_share_of(path, share))
 
     async def delete_file(self, request: web.Request) -> web.Response:
         name = request.match_info["id"]
@@ -594,11 +610,15 @@ class Api:
         return web.json_response(_shown(made))
 
     async def list_batches(self, request: web.Request) -> web.Response:
-        return _page([_shown(batch) for batch in self.store.all("batch")], request, 20)
+        before = 0.0 if self.behaviour.hidden else time.time() - self.behaviour.listed_after_s
+        listed = [_shown(batch) for batch in self.store.all("batch") if batch["_"]["created"] <= before]
+        return _page(listed, request, 20)
 
     async def show_batch(self, request: web.Request) -> web.Response:
         batch = self.store.get("batch", request.match_info["id"])
-        if batch is None:
+        if self.behaviour.look_status is not None:
+            return _error(self.behaviour.look_status, None)
+        if batch is None or self.behaviour.hidden:
             return _missing(request)
         wait_s = self.behaviour.retry_after_s
         return web.json_response(_shown(batch), headers={} if wait_s is None else {"retry-after": f"{wait_s:g}"})
@@ -647,6 +667,11 @@ class Api:
 
 def _error(status: int, code: str | None, message: str | None = None, param: str | None = None) -> web.Response:
     return web.Response(status=status, body=error_body(status, code, message, param), content_type="application/json")
+
+
+def _share_of(path: Path, share: float) -> bytes:
+    content = path.read_bytes()
+    return content[: int(len(content) * share)]
 
 
 def _missing(request: web.Request) -> web.Response:

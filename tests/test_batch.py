@@ -16,7 +16,8 @@ import pandas as pd
 import pytest
 from pydantic import BaseModel
 
-from llmframe import BatchJob
+from llmframe import BatchJob, batch_work
+from llmframe.batch_ledger import Part, Place
 from llmframe.errors import BudgetExceeded, ConfigurationError, EndpointError, LLMFrameWarning
 from tests.server_batch import BatchBehaviour, BatchServer, Trap
 
@@ -40,6 +41,12 @@ def server(_server: BatchServer) -> BatchServer:
         for file in _server.files():
             client.files.delete(file["id"])
     return _server
+
+
+@pytest.fixture(autouse=True)
+def settle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Believe soon that what is not there is missing: this server is never late unless it is told to be."""
+    monkeypatch.setattr(batch_work, "SETTLE_S", 0.2)
 
 
 @pytest.fixture
@@ -409,6 +416,130 @@ def test_the_servers_death_loses_nothing(server: BatchServer, frame: pd.DataFram
     server.change(stop_after=None)
     assert job.wait().counts == {"ok": 10}
     assert paid_for(server, frame) == [1] * 9
+
+
+def test_a_batch_that_is_listed_late_is_not_created_twice_whatever_poll_s_is(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_work, "SETTLE_S", 60.0)
+    batches = len(server.batches())
+    server.change(listed_after_s=0.5)
+    server.trap(Trap("POST /v1/batches", 1, "after"))
+    assert submit(server, frame, tmp_path, poll_s=0.01).wait().counts == {"ok": 10}
+    assert len(server.batches()) == batches + 1
+
+
+# ---- what the provider says in passing, and what it does not give
+
+
+@pytest.mark.parametrize("status", [400, 404, 405])
+def test_a_look_that_is_refused_gives_no_batch_up(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path, status: int
+) -> None:
+    server.change(stop_after=2)
+    job = submit(server, frame, tmp_path)
+    server.change(look_status=status)
+    for _ in range(2):
+        with pytest.raises(EndpointError, match=f"HTTP {status}.*the job goes on at the provider"):
+            job.refresh()
+        time.sleep(batch_work.SETTLE_S)
+    server.change(look_status=None, stop_after=None)
+    assert job.wait().counts == {"ok": 10}
+    assert paid_for(server, frame) == [1] * 9
+
+
+def test_a_batch_that_is_hidden_for_a_moment_goes_on(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_work, "SETTLE_S", 60.0)
+    job = submit(server, frame, tmp_path)
+    server.change(hidden=True)
+    assert not job.refresh().refresh().ended
+    server.change(hidden=False)
+    assert job.wait().counts == {"ok": 10}
+    assert server.files() == []
+
+
+def test_a_batch_that_is_hidden_for_long_keeps_its_files_and_is_looked_for_before_it_is_paid_for_again(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    server.change(stop_after=2)
+    job = submit(server, frame, tmp_path)
+    server.change(hidden=True)
+    assert job.wait().counts == {"failed": 10}
+    assert job.frame()["response_error"].str.contains("neither shows nor lists the batch batch_").all()
+    assert len(server.files()) == 1
+    server.change(hidden=False, stop_after=None)
+    assert reopened(server, tmp_path).resubmit().wait().counts == {"ok": 10}
+    assert paid_for(server, frame) == [1] * 9
+    assert server.files() == []
+
+
+def test_a_batch_that_stays_hidden_is_asked_again_by_resubmit(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    server.change(stop_after=0)
+    job = submit(server, frame, tmp_path)
+    server.change(hidden=True)
+    job.wait()
+    batches = len(server.batches())
+    job.resubmit()
+    assert len(server.batches()) == batches + 1
+    server.change(hidden=False, stop_after=None)
+    assert job.wait().counts == {"ok": 10}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_file_that_comes_short_is_fetched_again(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_work, "SETTLE_S", 60.0)
+    server.change(content_share=share)
+    job = submit(server, frame, tmp_path)
+    while job.refresh().parts["status"].tolist() != ["completed"]:
+        pass
+    assert not job.ended
+    server.change(content_share=1.0)
+    assert job.wait().counts == {"ok": 10}
+    assert paid_for(server, frame) == [1] * 9
+    assert server.files() == []
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_file_that_stays_short_stays_at_the_provider_and_is_fetched_again_before_it_is_paid_for_again(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path, share: float
+) -> None:
+    server.change(content_share=share)
+    job = submit(server, frame, tmp_path).wait()
+    assert job.counts["pending"] >= 5
+    assert "job.resubmit() fetches them once more" in job.parts["error"].iloc[0]
+    assert "batch_output" in [file["purpose"] for file in server.files()]
+    server.change(content_share=1.0)
+    assert reopened(server, tmp_path).resubmit().wait().counts == {"ok": 10}
+    assert paid_for(server, frame) == [1] * 9
+    assert server.files() == []
+
+
+@pytest.mark.parametrize(
+    ("content", "counts", "fault"),
+    [
+        (b"{}\n{}\n", {"done": 2}, None),
+        (b"{}\n{}", {"done": 2, "status": "completed"}, None),
+        (b"{}\n", {"done": 2}, "the batch's files have 1 lines, and it has 2 requests that are done"),
+        (b"{}\n", {"status": "completed"}, "the batch's files have 1 lines, and it has 2 requests that are done"),
+        (b"{}\n", {"status": "expired"}, None),
+        (b'{}\n{"a": ', {"done": 2}, "output-00000.jsonl breaks off in its line 2"),
+        (b'{"a": "\\ud800"}\n', {"done": 1}, None),
+        (None, {"failed": 1}, "the batch's files have 0 lines, and it has 1 requests that are done"),
+    ],
+)
+def test_the_lines_of_a_batch_are_held_against_what_it_counts(
+    tmp_path: Path, content: bytes | None, counts: Any, fault: str | None
+) -> None:
+    part = Part(number=0, requests=2, bytes=0, tokens=0, **counts)
+    if content is not None:
+        (tmp_path / part.output).write_bytes(content)
+    assert batch_work.incomplete(part, Place(tmp_path)) == fault
 
 
 # ---- the provider's files, the key, the directory

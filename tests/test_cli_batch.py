@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from llmframe import batch_work
 from llmframe.cli import main
 from tests.server_batch import BatchServer
 
@@ -29,6 +30,7 @@ def here(
 ) -> list[str]:
     """Work in a directory with ten rows in it, whose texts no other test has."""
     server.change(stop_after=None)
+    monkeypatch.setattr(batch_work, "SETTLE_S", 0.2)  # the server is never late
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
     monkeypatch.setenv("LLMFRAME_MODEL", "m")

@@ -24,14 +24,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import pandas as pd
 
 import llmframe  # noqa: F401  # df.llm
+from llmframe import batch_work
 from tests.server_batch import BatchServer, Trap, content_key
 
 MODEL = "m"
 POLL_S = 0.02
+SETTLE_S = 0.1  # the server's lists are never late
 JOB_S = 120.0  # the longest that a job of a few rows takes on a busy machine
 UNLIKE = ["response_source", "response_latency_s", "response_request_id"]  # what a job may say otherwise than another
 FILE_EVENTS = frozenset({"open", "os.rename", "os.remove", "os.mkdir", "os.truncate"})
@@ -64,10 +67,10 @@ class Work:
     def do(self, url: str, job: str, marks: Any = None, kill_at: int | None = None) -> pd.DataFrame:
         """Submit and wait, as a user's script does; count the deeds on disk, and die at one of them."""
         _watch(job, marks, kill_at)
-        made = self.frame.llm.submit_batch(
-            "{text}", model=MODEL, base_url=url, api_key="sk-test", job=job, poll_s=POLL_S, details=True, progress=False
-        )
-        out: pd.DataFrame = made.wait().frame()
+        given: Any = {"model": MODEL, "base_url": url, "api_key": "sk-test", "job": job, "poll_s": POLL_S}
+        with patch.object(batch_work, "SETTLE_S", SETTLE_S):
+            made = self.frame.llm.submit_batch("{text}", details=True, progress=False, **given)
+            out: pd.DataFrame = made.wait().frame()
         return out
 
     def paid(self, server: BatchServer) -> list[int]:
