@@ -304,7 +304,7 @@ class BatchJob:
     def _lines_again(self, ledger: Ledger) -> Iterator[bytes]:
         """Give the lines that are to be asked again: not those that were answered elsewhere meanwhile."""
         plan = self._kept.plan
-        checkpoint = Checkpoint.look(ledger.terms.checkpoint)
+        checkpoint = Checkpoint.look(self._place.found(ledger.terms.checkpoint))
         found = {} if checkpoint is None else dict(checkpoint.find(plan.keys))
         answered = {plan.keys[number].tobytes() for number in found}
         for part in ledger.parts:
@@ -331,7 +331,7 @@ class BatchJob:
         outcomes = Outcomes(len(plan.keys))
         for number, reason in plan.unreadable.items():
             outcomes.put(number, Completion(status="failed", error=reason))
-        checkpoint = Checkpoint.look(terms.checkpoint)
+        checkpoint = Checkpoint.look(self._place.found(terms.checkpoint))
         if checkpoint is not None and terms.api == "embeddings":
             _recall_embeddings(outcomes, checkpoint, rows)
         elif checkpoint is not None:
@@ -445,7 +445,7 @@ class BatchJob:
                 request_id=request_id,
             )
 
-        return Keeper(lambda: Checkpoint.open(terms.checkpoint, origin), read)
+        return Keeper(lambda: Checkpoint.open(self._place.found(terms.checkpoint), origin), read)
 
     def _run(self, work: Callable[[BatchApi], Coroutine[Any, Any, Any]], beat: Callable[[], None]) -> None:
         """Do it by the one door from sync to async, and say how to come back if it is stopped."""

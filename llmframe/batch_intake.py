@@ -83,6 +83,7 @@ def plan_job(place: Place, prompts: Prompts, options: Options, call: Call, keep_
     plan = replace(plan, unreadable={**plan.unreadable, **gone})
     left_out = save_rows(place, prompts.frame, plan, asked)
     assert options.model is not None
+    assert options.checkpoint is not None
     terms = Terms(
         id=os.urandom(8).hex(),
         created_s=time.time(),
@@ -93,7 +94,7 @@ def plan_job(place: Place, prompts: Prompts, options: Options, call: Call, keep_
         template=prompts.description,
         parameters=call.requests.parameters,
         service_tier=call.params.get("service_tier") if isinstance(call.params.get("service_tier"), str) else None,
-        checkpoint=_absolute(options.checkpoint),
+        checkpoint=place.noted(options.checkpoint),
         output=options.output,
         details=options.details,
         several=options.several,
@@ -139,8 +140,3 @@ def _half_budget(budget: Budget) -> Budget:
     bound = budget.bound
     price = None if bound.price is None else halved(bound.price)
     return Budget(bound=Bound(bound.completion_tokens, price), max_usd=budget.max_usd, max_tokens=budget.max_tokens)
-
-
-def _absolute(checkpoint: Any) -> str:
-    where: str = os.fspath(checkpoint)
-    return where if "://" in where else os.path.abspath(os.path.expanduser(where))

@@ -133,7 +133,7 @@ class Terms:
     service_tier : str or None
         Of the parameters, for the price.
     checkpoint : str
-        Where the answers are kept.
+        Where the answers are kept: a URL, an absolute path, or one in the job's directory; see `Place.found`.
     output, details, several : str, bool, bool
         Of the call.
     prices : dict or None
@@ -298,6 +298,18 @@ class Place:
     def exists(self) -> bool:
         """Whether a job is kept here."""
         return (self.path / LEDGER).is_file()
+
+    def noted(self, path: str | os.PathLike[str]) -> str:
+        """Give what the ledger says of a path or URL: one in here moves, and is copied, with the directory."""
+        where = os.fspath(path)
+        if "://" in where:
+            return where
+        full, here = (Path(os.path.abspath(each)) for each in (os.path.expanduser(where), self.path))
+        return full.relative_to(here).as_posix() if full.is_relative_to(here) else os.fspath(full)
+
+    def found(self, noted: str) -> str:
+        """Give the path or URL of which the ledger says so."""
+        return noted if "://" in noted else os.path.abspath(self.path / noted)
 
     @contextmanager
     def held(self) -> Iterator[None]:

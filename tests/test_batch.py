@@ -554,6 +554,43 @@ def test_the_files_at_the_provider_are_deleted_unless_they_are_wanted(
     assert sorted(file["purpose"] for file in server.files()) == ["batch", "batch_output"]
 
 
+def test_a_job_that_is_moved_has_its_answers_and_takes_those_to_come(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    server.change(stop_after=4, window_s=0.2)
+    answered = submit(server, frame, tmp_path).wait().counts
+    (tmp_path / "job").rename(tmp_path / "moved")
+    moved = BatchJob.open(tmp_path / "moved", base_url=server.base_url, poll_s=POLL_S, progress=False)
+    assert moved.counts == answered
+    server.change(stop_after=None, window_s=3600.0)
+    assert moved.resubmit().wait().counts == {"ok": 10}
+    assert paid_for(server, frame) == [1] * 9
+    assert not (tmp_path / "job").exists()
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "noted"),
+    [
+        ("job/answers", "answers"),
+        ("job/a/b", "a/b"),
+        ("runs", None),
+        ("job-answers", None),
+        ("job/../runs", None),
+        ("{here}/job/answers", "answers"),
+        ("s3://bucket/job/answers", "s3://bucket/job/answers"),
+    ],
+)
+def test_a_checkpoint_is_noted_by_its_place_in_the_job_or_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: str, noted: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place, checkpoint = Place("job"), checkpoint.format(here=os.getcwd())
+    full = checkpoint if "://" in checkpoint else os.path.abspath(checkpoint)
+    noted = noted or full
+    assert place.noted(checkpoint) == noted
+    assert place.found(noted) == place.found(full) == full  # in full it was noted by versions before
+
+
 def test_the_directory_never_holds_the_key(server: BatchServer, frame: pd.DataFrame, tmp_path: Path) -> None:
     key = "sk-secret-0123456789"
     job = submit(server, frame, tmp_path, api_key=key, extra_headers={"x-api-key": "another-secret-1"})
