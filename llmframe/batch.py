@@ -162,9 +162,11 @@ class BatchJob:
 
     @property
     def parts(self) -> pd.DataFrame:
-        """The job's files, one a row: ``part``, ``requests``, ``status``, ``done``, ``failed``, ``left``, ``batch``.
+        """The job's files, one a row.
 
-        ``left`` counts the requests without an answer that `resubmit` asks again.
+        The columns are ``part``, ``requests``, ``status``, ``done``, ``failed``, ``left`` (the requests without an
+        answer that `resubmit` asks again), ``cost_usd``, ``batch`` (the provider's id), and ``error`` (why it came to
+        nothing, or what is missing of it).
         """
         rows = [
             (
@@ -274,6 +276,7 @@ class BatchJob:
     def resubmit(self) -> BatchJob:
         """Submit again what has no answer and may get one: expired, cancelled, missing, or failed on their side.
 
+        A batch or file that was not to be found is looked for once more before its rows are asked again.
         A row that the endpoint refused (a 4xx) stays ``failed``: change it and submit it anew.
 
         Raises
@@ -574,7 +577,7 @@ class _Going:
 
     @property
     def failures(self) -> Counter[str]:
-        """By what the parts wait for or came to."""
+        """None: what a line failed at is known when its batch has ended."""
         return Counter()
 
     @property

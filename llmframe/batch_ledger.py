@@ -45,7 +45,7 @@ class Part:
     stage : str
         How far it has come.
     attempt : int
-        The how-maniest batch of this file it is, from 0: others were refused.
+        Which attempt at a batch of this file, from 0: those before were refused.
     rounds : int
         Times that its lines were sent before, without those that a validation named.
     refused : int
@@ -63,7 +63,7 @@ class Part:
     taken : bool
         Whether those were: they are in another part.
     error : str or None
-        Why the batch as a whole came to nothing.
+        Why the batch as a whole came to nothing, or what is missing in its files.
     usage, cost_usd : Usage, float or None
         What its answers cost.
     """

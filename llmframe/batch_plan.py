@@ -14,7 +14,7 @@ from llmframe.requests import KEY_BYTES
 
 __all__ = ["FileLimits", "LineSize", "input_line", "key_of", "next_to_go", "place", "said_limit"]
 
-Line = bytes  # a class with a field of that name cannot say it
+Line = bytes  # an alias: inside a class with a field `bytes` the type cannot be named
 
 BYTES_A_TOKEN = 4  # of a body; its JSON makes this a count that is rather too high, and so on the safe side
 _START = b'{"custom_id":"'

@@ -110,8 +110,6 @@ class Worker:
         Seconds between two looks at first.
     ledger : Ledger
         As it was last saved.
-    news : int
-        Counts what changed.
     """
 
     directory: Place
@@ -119,7 +117,6 @@ class Worker:
     keeper: Keeper | None
     poll_s: float
     ledger: Ledger
-    news: int = 0
     asked_s: float = field(default=0.0)
 
     async def look(self) -> None:
@@ -170,7 +167,6 @@ class Worker:
 
     def _save(self, ledger: Ledger) -> None:
         self.ledger = self.directory.save(ledger)
-        self.news += 1
 
     def _put(self, *parts: Part) -> None:
         self._save(self.ledger.with_parts(*parts))
@@ -457,39 +453,29 @@ class Totals:
         Those without.
     usage, cost_usd : Usage, float or None
         Of the answers.
-    strange : int
-        Lines that are of no request of the part, or a second time of one.
     """
 
     answered: int = 0
     left: dict[bytes, Left] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage)
     cost_usd: float | None = None
-    strange: int = 0
 
 
 def collect(directory: Place, part: Part, checkpoint: Checkpoint, read: Read) -> Totals:
     """Read what a batch gave, whatever the order of its lines; answers go to the checkpoint, the first of each key."""
     totals, intake = Totals(), _Intake(checkpoint)
     missing = {key_of(line) for line in directory.lines(part.input)}
-    answered: set[bytes] = set()
     for name in (part.output, part.errors):
         for line in directory.lines(name):
             found = read_line(line, read)
             if found is None or (found.key not in missing and found.key not in totals.left):
-                totals.strange += bool(line.strip())
-                continue
+                continue  # of no request of the part, or of one that was answered
+            missing.discard(found.key)
             if isinstance(found, Left):
-                if found.key in answered or found.key in totals.left:
-                    totals.strange += 1
-                    continue
-                totals.left[found.key] = found
-                missing.discard(found.key)
+                totals.left.setdefault(found.key, found)
                 continue
             intake.take(found)
             _count(totals, found.completion)
-            answered.add(found.key)
-            missing.discard(found.key)
             totals.left.pop(found.key, None)
     intake.empty()
     for left in totals.left.values():
@@ -524,12 +510,7 @@ def incomplete(part: Part, directory: Place) -> str | None:
 
 def _count(totals: Totals, answer: Completion) -> None:
     totals.answered += 1
-    totals.usage += Usage(
-        answer.prompt_tokens or 0,
-        answer.completion_tokens or 0,
-        answer.cached_tokens or 0,
-        answer.reasoning_tokens or 0,
-    )
+    totals.usage += Usage.of(answer)
     if answer.cost_usd is not None:
         totals.cost_usd = (totals.cost_usd or 0.0) + answer.cost_usd
 

@@ -59,6 +59,13 @@ class Usage:
             self.reasoning_tokens + other.reasoning_tokens,
         )
 
+    @classmethod
+    def of(cls, paid: Completion) -> Usage:
+        """Give the tokens of one answer; what the endpoint did not count is 0."""
+        return cls(
+            paid.prompt_tokens or 0, paid.completion_tokens or 0, paid.cached_tokens or 0, paid.reasoning_tokens or 0
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Completion:

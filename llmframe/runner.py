@@ -582,9 +582,7 @@ def _row_failed(state: State, number: int, reason: str | None) -> RowFailed:
 
 def _count(state: State, paid: Completion) -> None:
     """Add an answer to what the run has paid."""
-    state.usage += Usage(
-        paid.prompt_tokens or 0, paid.completion_tokens or 0, paid.cached_tokens or 0, paid.reasoning_tokens or 0
-    )
+    state.usage += Usage.of(paid)
     if paid.cost_usd is not None:
         state.cost_usd = (state.cost_usd or 0.0) + paid.cost_usd
 
