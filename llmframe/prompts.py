@@ -1,7 +1,7 @@
 """Turn a frame's columns and templates into messages: what each row would send.
 
-Pure, and made on demand a chunk at a time, so that memory does not grow with the rows that wait. A value
-reaches a template as pandas holds it (an int stays an int).
+Pure, and made on demand a chunk at a time: only what a function or a renderer returned is kept for every row. A value
+reaches a template as pandas holds it (an int stays an int), and an array as a list.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from llmframe.templates import Template, read_template
 Na = Literal["skip", "raise", "keep"]
 
 NARROW = (np.dtype("float16"), np.dtype("float32"))
+CONTAINERS = frozenset({np.ndarray, list, tuple, dict})
 CHUNK = 1024  # rows made into Python objects at a time: enough to make pandas' cost per call vanish
 
 
@@ -194,7 +195,7 @@ class Prompts:
         if not self._reads:
             yield from ({} for _ in chunk)
             return
-        columns = [_values(self.frame[column].iloc[chunk]) for column in self._reads]
+        columns = [_values(self.frame[column].iloc[chunk], pictures=column in self._images) for column in self._reads]
         for values in zip(*columns, strict=True):
             yield dict(zip(self._reads, values, strict=True))
 
@@ -353,15 +354,32 @@ def _names(frame: pd.DataFrame) -> dict[str, Hashable]:
     return names
 
 
-def _values(column: pd.Series[Any]) -> list[Any]:
-    """Give a column's values as Python objects, a missing one as None."""
+def _values(column: pd.Series[Any], *, pictures: bool) -> list[Any]:
+    """Give a column's values as Python objects, a missing one as None; a picture may be an array."""
     values: list[Any] = column.tolist()
+    if column.dtype == object and not pictures:
+        values = _unpacked(values)
     dtype: Any = getattr(column.dtype, "numpy_dtype", column.dtype)
     if dtype in NARROW:  # widened as it is, 0.1 would be 0.10000000149011612 in the prompt
         values = [value if value is pd.NA else float(str(dtype.type(value))) for value in values]
     for place in np.flatnonzero(column.isna().to_numpy()):
         values[place] = None
     return values
+
+
+def _unpacked(value: Any) -> Any:
+    """Give arrays as the lists they were before parquet: numpy's text of an array leaves out all but a few values."""
+    if isinstance(value, np.ndarray) and value.ndim:
+        if value.ndim > 1 or value.dtype == object:
+            return list(map(_unpacked, value))
+        if value.dtype in NARROW:
+            return [float(str(each)) for each in value]
+        return pd.Series(value).tolist() if value.dtype.kind in "mM" else value.tolist()  # which gives times as ints
+    if type(value) is dict:
+        return {key: _unpacked(each) for key, each in value.items()}
+    if type(value) in (list, tuple) and not CONTAINERS.isdisjoint(map(type, value)):
+        return type(value)(map(_unpacked, value))
+    return value
 
 
 def _from_column(column: Hashable) -> _Maker:

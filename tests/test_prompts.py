@@ -73,6 +73,32 @@ def test_a_value_of_any_type_is_written_as_it_reads(prompt: str, values: Any, dt
     assert texts(pd.DataFrame({"x": pd.Series(values, dtype=dtype)}), prompt) == shown
 
 
+LISTS = [
+    [f"word {number}" for number in range(1200)],
+    ["x", None],
+    [],
+    [[1, 2], [3]],
+    [1.5, 0.1],
+    [True, False],
+    [pd.Timestamp("2024-05-06 07:08:09.000001"), pd.Timestamp("2024-05-07")],
+    [{"a": "b", "c": ["d", "e"]}, {"a": None, "c": []}],
+]
+
+
+@pytest.mark.parametrize("cell", LISTS, ids=lambda cell: f"{cell!r:.30}")
+@pytest.mark.parametrize("prompt", ["{x}", lambda row: f"{row.x}", jinja2.Template("{{ x }}")])
+def test_a_list_read_back_from_parquet_is_written_as_the_list(tmp_path: Path, prompt: Any, cell: list[Any]) -> None:
+    frame = pd.DataFrame({"x": [cell]})
+    frame.to_parquet(tmp_path / "x.parquet")
+    read = pd.read_parquet(tmp_path / "x.parquet")
+    assert isinstance(read["x"][0], np.ndarray)
+    assert made(read, prompt) == made(frame, prompt)
+
+
+def test_a_float32_in_a_list_is_written_as_it_reads() -> None:
+    assert texts(pd.DataFrame({"x": [np.array([0.1, 1.0], "float32")]}), "{x}") == ["[0.1, 1.0]"]
+
+
 def test_whole_numbers_stay_whole_beside_floats_and_text() -> None:
     frame = pd.DataFrame({"n": [1, 2], "f": [0.5, 1.5], "s": ["a", "b"]})
     assert texts(frame, "{n} {f} {s} {n:03d}") == ["1 0.5 a 001", "2 1.5 b 002"]
