@@ -15,7 +15,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -37,11 +37,12 @@ from llmframe.parts import (
     PartWriter,
     Row,
     Rows,
+    Unread,
     completions,
     write_rows,
 )
 from llmframe.results import STATUSES, Completion, text_dtype
-from llmframe.storage import Storage, storage_at
+from llmframe.storage import Storage, storage_at, unreadable
 from llmframe.vectors import Embeddings
 
 __all__ = ["Checkpoint", "Origin", "read_checkpoint"]
@@ -405,7 +406,7 @@ class Checkpoint:
             yield
         except _NoMerging:
             pass
-        except (OSError, NotAPart, CheckpointError, pa.ArrowException) as error:
+        except (OSError, NotAPart, CheckpointError, pa.ArrowException, MemoryError) as error:
             self._no_merging.set()
             _log.warning("the parts of %s are not merged: %s", self._where, error)
 
@@ -519,15 +520,19 @@ class _Parts:
 
     @contextmanager
     def open(self, name: str) -> Iterator[Part]:
-        """Open one part; `FileNotFoundError` if it is gone, `NotAPart` if it is none."""
-        with ExitStack() as stack:
-            try:
-                part = Part(stack.enter_context(self._storage.open(name)))
-            except PermissionError as error:
-                raise NotAPart("it may not be read") from error
-            except NewerFormat as error:
-                raise CheckpointError(f"{self._where}/{name} cannot be read: {error}") from None
-            yield part
+        """Open one part.
+
+        `FileNotFoundError` if it is gone, `NotAPart` if it is none, `CheckpointError` if it cannot be read now.
+        """
+        try:
+            with self._storage.open(name) as file:
+                yield Part(file)
+        except PermissionError as error:
+            raise NotAPart("it may not be read") from error
+        except NewerFormat as error:
+            raise CheckpointError(f"{self._where}/{name} cannot be read: {error}") from None
+        except Unread as error:
+            raise unreadable(f"{self._where}/{name}", error) from error.__cause__
 
     def lost(self, name: str, error: FileNotFoundError | NotAPart) -> None:
         """Warn of a part that is none, once, and never open it again."""

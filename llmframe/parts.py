@@ -1,7 +1,8 @@
 """One part file of a checkpoint: its columns, how rows become its bytes, and how it is read back.
 
 Nothing is believed of a file that is not whole and ours: its footer names the format, each known column has exactly
-its type, each page's checksum is verified, and whatever else pyarrow stumbles over ends in `NotAPart`.
+its type, each page's checksum is verified, and whatever else pyarrow stumbles over ends in `NotAPart`. A file that
+could not be read may be sound, and is `Unread`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ __all__ = [
     "Part",
     "PartWriter",
     "Rows",
+    "Unread",
     "completions",
     "embeddings",
     "encode",
@@ -156,6 +158,10 @@ def embeddings(table: pa.Table) -> tuple[npt.NDArray[np.intp], Embeddings] | Non
 
 class NotAPart(Exception):
     """The file is torn, damaged or not ours."""
+
+
+class Unread(Exception):
+    """The disk or the network failed, which says nothing of the file; its cause is the `OSError`."""
 
 
 class NewerFormat(Exception):
@@ -475,11 +481,24 @@ def _read_metadata(metadata: Mapping[bytes, bytes]) -> tuple[Origin, ...]:
 
 @contextmanager
 def _decoding() -> Iterator[None]:
-    """Let whatever a damaged file makes pyarrow raise come out as `NotAPart`."""
+    """Let whatever a damaged file makes pyarrow raise come out as `NotAPart`, and nothing else.
+
+    What a signal's handler raises has to reach its owner, and no memory today is no reason to pay for answers again.
+    """
     try:
         yield
-    except (NotAPart, FileNotFoundError):
+    except (FileNotFoundError, MemoryError):
         raise
-    except Exception as error:  # pyarrow raises a dozen types here, and decoding text two more
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise NotAPart(f"it is torn or damaged: {reason}") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise Unread(str(error)) from error
+        if type(error) is not OSError:  # the type of what pyarrow raises for bytes that it cannot take
+            raise
+        raise _damaged(error) from error
+    except (pa.ArrowException, ValueError, TypeError, LookupError) as error:
+        raise _damaged(error) from error
+
+
+def _damaged(error: Exception) -> NotAPart:
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    return NotAPart(f"it is torn or damaged: {reason}")

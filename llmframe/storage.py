@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from llmframe.errors import CheckpointError, ConfigurationError
 
-__all__ = ["Bucket", "Directory", "Storage", "storage_at", "written"]
+__all__ = ["Bucket", "Directory", "Storage", "storage_at", "unreadable", "written"]
 
 LOCK_S = 10.0  # a lock of our own is contended only while somebody looks whether we are alive
 _LEFTOVER = re.compile(r"\.(?:part|probe)-(?P<writer>[0-9a-f]+)\b.*\.tmp")
@@ -129,7 +129,7 @@ class Directory:
         except (FileNotFoundError, PermissionError):
             raise
         except OSError as error:
-            raise _unreadable(os.fspath(self._path / name), error) from error
+            raise unreadable(os.fspath(self._path / name), error) from error
         return file
 
     def write(self, name: str) -> AbstractContextManager[IO[bytes]]:
@@ -243,7 +243,7 @@ class Bucket:
         except (FileNotFoundError, PermissionError):
             raise
         except Exception as error:
-            raise _unreadable(self._at(name), error) from error
+            raise unreadable(self._at(name), error) from error
         with file:
             try:
                 yield file  # type: ignore[misc]  # all that pyarrow asks of a file
@@ -252,7 +252,7 @@ class Bucket:
                     raise
                 if isinstance(file.failure, (FileNotFoundError, PermissionError)):
                     raise file.failure from None
-                raise _unreadable(self._at(name), file.failure) from file.failure
+                raise unreadable(self._at(name), file.failure) from file.failure
 
     @contextmanager
     def write(self, name: str) -> Iterator[IO[bytes]]:
@@ -342,7 +342,8 @@ def _missing_extra(url: str) -> ConfigurationError:
     )
 
 
-def _unreadable(where: str, error: Exception) -> CheckpointError:
+def unreadable(where: str, error: BaseException | None) -> CheckpointError:
+    """Build the error for a file that could not be read, though it is there and may be sound."""
     return CheckpointError(
         f"{where} could not be read: {error}; its answers would be paid for again, so try again, or move it away"
     )

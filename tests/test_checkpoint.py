@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import errno
+import functools
 import hashlib
+import io
 import itertools
 import logging
 import os
+import re
 import shutil
 import sys
 import threading
@@ -30,6 +34,7 @@ from llmframe.index import Index
 from llmframe.parts import COLUMNS, NewerFormat, NotAPart, Part, completions, encode
 from llmframe.requests import packed
 from llmframe.results import PAID, STATUSES, Completion
+from llmframe.storage import Directory
 
 ORIGIN = Origin("http://localhost:8000/v1", "chat", "gpt-4o-mini", "Good?\n\n{review}", '{"temperature":0}')
 
@@ -425,6 +430,61 @@ def test_a_page_header_that_denies_its_checksum_lets_no_damage_through() -> None
 def test_any_bytes_are_no_part(data: bytes) -> None:
     with pytest.raises(NotAPart):
         Part(pa.BufferReader(data))
+
+
+class Flaky(io.FileIO):
+    """A part's file on a disk where one reading fails, counted from 0 over all files."""
+
+    def __init__(self, path: Path, readings: Iterator[int], fails: int, failure: Exception) -> None:
+        super().__init__(path)
+        self._readings = readings
+        self._fails = fails
+        self._failure = failure
+
+    def read(self, size: int | None = -1) -> bytes:
+        if next(self._readings) == self._fails:
+            raise self._failure
+        return super().read(size) or b""
+
+
+class Deadline(Exception):
+    """What a handler of SIGALRM raises, in whatever the main thread is at."""
+
+
+@pytest.mark.parametrize(
+    ("failure", "raised"),
+    [
+        (OSError(errno.EIO, "Input/output error"), CheckpointError),
+        (OSError(errno.ESTALE, "Stale file handle"), CheckpointError),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), CheckpointError),
+        (TimeoutError("out of time"), TimeoutError),
+        (Deadline("out of time"), Deadline),
+        (MemoryError("out of memory"), MemoryError),
+    ],
+    ids=repr,
+)
+def test_whichever_reading_of_a_disk_fails_a_part_is_not_taken_for_a_torn_one(
+    tmp_path: Path, monkeypatch, failure: Exception, raised: type[Exception]
+) -> None:
+    save(tmp_path, {1: answer("one")})
+    checkpoint = Checkpoint.look(tmp_path)
+    assert checkpoint is not None
+    said = f"could not be read: {failure}; its answers" if raised is CheckpointError else str(failure)
+
+    def fail(at: int) -> Iterator[int]:
+        readings = itertools.count()
+        flaky = functools.partial(Flaky, readings=readings, fails=at, failure=failure)
+        monkeypatch.setattr(Directory, "open", lambda _, name: flaky(tmp_path / name))
+        return readings
+
+    readings = fail(-1)
+    assert dict(asked(checkpoint, [1])) == {1: answer("one")}
+    for number in range(next(readings)):
+        fail(number)
+        with pytest.raises(raised, match=re.escape(said)):
+            list(asked(checkpoint, [1]))
+    fail(-1)
+    assert dict(asked(checkpoint, [1])) == {1: answer("one")}
 
 
 @pytest.mark.parametrize("kept", [0, 3, 100, -1])
