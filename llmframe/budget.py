@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmframe.errors import ConfigurationError
+from llmframe.options import answers_asked, check_count
 from llmframe.prices import PriceOf
 from llmframe.requests import text_bytes
 from llmframe.results import Usage
 
 PICO = 10**12  # USD are counted in whole trillionths: sums are exact, and what is set aside comes back to the last one
+ENDLESS_PICO = 2**127  # more than anybody can spend
 TEMPLATE_TOKENS = 256  # what a server's chat template may add to a prompt: a default system message, today's date
 
 PART_TOKENS = (
@@ -64,6 +66,12 @@ class Cost:
         """Give the cost of a usage; without a price it is of tokens alone."""
         usd = 0.0 if price is None else price(usage)
         return cls(usage.prompt_tokens + usage.completion_tokens, math.ceil(usd * PICO))
+
+    @classmethod
+    def limit(cls, max_usd: float | None, max_tokens: int | None) -> Cost:
+        """Give the most that may be spent; None is no limit."""
+        pico_usd = ENDLESS_PICO if max_usd is None else min(ENDLESS_PICO, max_usd * PICO)  # floats end at 1e308
+        return cls(2**63 if max_tokens is None else int(max_tokens), math.floor(pico_usd))
 
     @property
     def usd(self) -> float:
@@ -137,9 +145,7 @@ class Budget:
         self.bound = bound
         self.max_usd = max_usd
         self.max_tokens = max_tokens
-        self._most = Cost(
-            2**63 if max_tokens is None else max_tokens, 2**127 if max_usd is None else math.floor(max_usd * PICO)
-        )
+        self._most = Cost.limit(max_usd, max_tokens)
         self.spent = Cost()
         """By what was settled."""
         self.assumed = Cost()
@@ -166,7 +172,7 @@ class Budget:
         """Count what a request cost in place of what was set aside for it."""
         self.aside -= most
         self.spent += paid
-        if paid == most:  # an answer that takes as much as could be is as good as never met
+        if paid == most:  # an answer hardly ever costs exactly its worst case, so equality means it was assumed
             self.assumed += paid
         self._wake()
 
@@ -276,16 +282,14 @@ def most_completion_tokens(model: str, params: Mapping[str, Any], keyword: str) 
     Raises
     ------
     ConfigurationError
-        Nothing says how long an answer may get.
+        Nothing says how long an answer may get, or what says it is no whole number.
     """
-    named = [params[name] for name in ANSWER_LIMITS if params.get(name) is not None]
-    for value in named:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigurationError(f"max_tokens={value!r} has to be a whole number of at least 1 for {keyword}=")
-    count = params.get("n")
-    choices = count if isinstance(count, int) and count > 1 else 1
+    named = [name for name in ANSWER_LIMITS if params.get(name) is not None]
+    for name in named:
+        check_count(name, params[name])
+    choices = answers_asked(params)
     if named:
-        return int(choices * max(named))
+        return choices * max(int(params[name]) for name in named)
     name = model.rpartition("/")[2].removeprefix("ft:")
     for start, limit in OUTPUT_LIMITS:
         if name.startswith(start):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from llmframe.budget import PICO, Cost
+from llmframe.budget import Cost
 from llmframe.rates import Cap, request_caps, token_caps
 
 NOTHING = Cost()
@@ -52,8 +52,7 @@ class Limits:
     @property
     def most(self) -> Cost:
         """The most that may be spent."""
-        tokens = 2**63 if self.max_tokens is None else self.max_tokens
-        return Cost(tokens, 2**127 if self.max_usd is None else math.floor(self.max_usd * PICO))
+        return Cost.limit(self.max_usd, self.max_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ What is not known is None, and what a figure was taken from is said beside it.
 from __future__ import annotations
 
 import html
+import numbers
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -19,7 +20,7 @@ from llmframe import runner
 from llmframe.budget import ANSWER_LIMITS
 from llmframe.checkpoint import Checkpoint
 from llmframe.errors import ConfigurationError
-from llmframe.options import Options, check_count
+from llmframe.options import Options, answers_asked, check_count
 from llmframe.planning import Plan
 from llmframe.prices import PriceOf
 from llmframe.prompts import Missing, Prompts
@@ -261,12 +262,10 @@ def _completion_tokens(
     said = [each.completion_tokens for each in kept.values() if each.completion_tokens is not None]
     if len(said) >= enough:
         return sum(said) / len(said), f"the mean of {len(said):,} answers in the checkpoint"
-    count = params.get("n")
-    choices = count if isinstance(count, int) and count > 1 else 1
     for name in ANSWER_LIMITS:
         limit = params.get(name)
-        if isinstance(limit, int) and not isinstance(limit, bool):
-            return float(limit * choices), f"{name}=, so at most"
+        if not isinstance(limit, bool) and isinstance(limit, numbers.Integral):
+            return float(limit) * answers_asked(params), f"{name}=, so at most"
     return None, f"pass max_tokens=, or sample={ENOUGH} with checkpoint= to ask so many rows"
 
 

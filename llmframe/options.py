@@ -82,7 +82,8 @@ class Options:
             raise ConfigurationError(f"history={self.history!r} is no column name; pass text")
         if self.history == self.output:
             raise ConfigurationError(f"history= and output= are both {self.output!r}; give each column its own name")
-        if self.history is not None and self.several:
+        several = self.several  # looked at here too, since it refuses an n= that is none
+        if self.history is not None and several:
             raise ConfigurationError("n= gives several answers, and history= goes on with one; leave one of them out")
         if self.checkpoint is not None and not isinstance(self.checkpoint, str | os.PathLike):
             raise ConfigurationError(f"checkpoint={self.checkpoint!r} is no directory; pass a path or an fsspec URL")
@@ -105,9 +106,7 @@ class Options:
     @property
     def several(self) -> bool:
         """Whether ``n=`` asks for a list of answers in each cell."""
-        extra = self.params.get("extra_body")
-        sent: dict[str, Any] = {**self.params, **(extra if isinstance(extra, Mapping) else {})}
-        return _is_number(sent.get("n")) and bool(sent["n"] > 1)
+        return answers_asked(self.params) > 1
 
 
 def call_options(
@@ -223,7 +222,6 @@ FRAME_ONLY = (
     "where",
     "na",
 )  # what a list of message arrays has no use for
-LATER: tuple[str, ...] = ()  # designed and not built: never to reach the API as its own
 
 _configured: dict[str, Any] = {}
 
@@ -323,10 +321,25 @@ def check_count(name: str, value: Any) -> None:
         raise ConfigurationError(f"{name}={value!r} has to be a whole number of at least 1")
 
 
+def answers_asked(params: Mapping[str, Any]) -> int:
+    """Give how many answers a request asks for (``n=``).
+
+    Raises
+    ------
+    ConfigurationError
+        It is no whole number of at least 1.
+    """
+    extra = params.get("extra_body")
+    count = {**params, **(extra if isinstance(extra, Mapping) else {})}.get("n", 1)
+    if count is None:
+        return 1
+    if isinstance(count, bool) or not _is_number(count) or not float(count).is_integer() or count < 1:
+        raise ConfigurationError(f"n={count!r} has to be a whole number of at least 1")
+    return int(count)
+
+
 def _check_params(params: Mapping[str, Any]) -> None:
     for name in params:
-        if name in LATER:
-            raise ConfigurationError(f"{name}= is not in this version of llmframe; leave it out")
         if name == "stream":
             raise ConfigurationError("stream= has no meaning here: each row's answer is written when it is whole")
         if name in ("messages", "input", "prompt"):
@@ -341,7 +354,7 @@ def _check_params(params: Mapping[str, Any]) -> None:
 @functools.cache
 def _likely_names() -> tuple[str, ...]:
     """Give what a name may be meant to be; of the API's own the long ones: others have a `top_k` beside `top_p`."""
-    return (*KEYWORDS, *LATER, *sorted(name for name in _api_parameters() if len(name) >= LONG_NAME))
+    return (*KEYWORDS, *sorted(name for name in _api_parameters() if len(name) >= LONG_NAME))
 
 
 @functools.cache

@@ -5,6 +5,7 @@ Prices come from the user, or from genai-prices where it is installed; an unknow
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -13,6 +14,7 @@ from typing import Any
 from llmframe.errors import ConfigurationError
 from llmframe.results import Usage
 
+ABSURD = 1e12  # USD per million tokens, from where sums of them leave what a float holds
 STANDARD_TIERS = (None, "auto", "default")
 
 PriceOf = Callable[[Usage], float]
@@ -57,8 +59,9 @@ def read_prices(prices: Mapping[str, float], *, embeds: bool = False) -> Prices:
         raise ConfigurationError(
             f"prices={dict(prices)!r} has to name 'input' and 'output', and may name 'cached': USD per million tokens"
         )
-    for name, value in prices.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+    given: Mapping[str, Any] = prices
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < ABSURD:
             raise ConfigurationError(f"prices[{name!r}]={value!r} is not a price; pass USD per million tokens")
     return Prices(float(prices["input"]), float(prices["output"]), float(prices.get("cached", prices["input"])))
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 import pandas as pd
 import pytest
@@ -19,7 +20,7 @@ from llmframe.budget import PART_TOKENS, TEMPLATE_TOKENS, Bound, Budget, Cost, m
 from llmframe.endpoint import Reply
 from llmframe.engine import _paid
 from llmframe.errors import BudgetExceeded, ConfigurationError
-from llmframe.prices import Prices
+from llmframe.prices import Prices, read_prices
 from llmframe.results import Usage
 from llmframe.tokens import counter_for
 from tests.server import SimulatedServer
@@ -97,6 +98,8 @@ def test_the_bound_is_of_the_dearest_kind_of_token() -> None:
         ("m", {"max_completion_tokens": 7, "max_tokens": 9}, 9),
         ("m", {"max_output_tokens": 7}, 7),
         ("m", {"max_tokens": 7, "n": 3}, 21),
+        ("m", {"max_tokens": np.int64(7), "n": np.int64(3)}, 21),
+        ("m", {"max_tokens": 7, "n": 3.0}, 21),
         ("gpt-4o-mini", {}, 16_384),
         ("gpt-4o-mini", {"max_tokens": None, "n": 2}, 32_768),
         ("openai/gpt-4.1-nano-2025-04-14", {}, 32_768),
@@ -104,6 +107,17 @@ def test_the_bound_is_of_the_dearest_kind_of_token() -> None:
 )
 def test_an_answer_is_bounded_by_its_parameter_or_by_the_models_limit(model: str, params: Any, most: int) -> None:
     assert most_completion_tokens(model, params, "max_cost") == most
+
+
+@pytest.mark.parametrize("value", [0, 7.5, "7", True])
+def test_a_limit_of_answers_that_is_none_is_refused(value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"max_tokens=.* has to be a whole number of at least 1"):
+        most_completion_tokens("m", {"max_tokens": value}, "max_cost")
+
+
+def test_a_budget_that_nobody_can_spend_is_no_limit() -> None:
+    budget = Budget(bound=Bound(10, read_prices({"input": 1, "output": 1})), max_usd=1e300)
+    assert budget.fits(budget.bound(b"x" * 1000))
 
 
 # ---- runs
@@ -156,8 +170,9 @@ def test_max_tokens_total_needs_no_price_and_is_not_passed(server: SimulatedServ
     assert "max_tokens_total=3,000 could be passed" in str(error)
 
 
-def test_several_answers_a_row_are_all_in_the_worst_case(server: SimulatedServer) -> None:
-    stopped(server, frame(400, "and much more to say about it"), max_tokens_total=4_000, n=4)
+@pytest.mark.parametrize("n", [4, np.int64(4)])
+def test_several_answers_a_row_are_all_in_the_worst_case(server: SimulatedServer, n: Any) -> None:
+    stopped(server, frame(400, "and much more to say about it"), max_tokens_total=4_000, n=n)
     stats = server.stats()
     assert 3_000 < stats.prompt_tokens + stats.completion_tokens <= 4_000
 

@@ -131,6 +131,8 @@ def test_options_show_no_key() -> None:
         ("model", "", "model='' is no model's name"),
         ("checkpoint", 5, "checkpoint=5 is no directory"),
         ("checkpoint", True, "checkpoint=True is no directory"),
+        *(("n", value, "n=.* has to be a whole number") for value in (0, 2.5, "2", True, float("nan"), float("inf"))),
+        ("extra_body", {"n": "2"}, "n='2' has to be a whole number of at least 1"),
         *(("max_attempts", value, "has to be a whole number of at least 1") for value in (0, -1, 1.5, "8", None, True)),
         *(("max_concurrency", value, "has to be a whole number of at least 1") for value in (0, 2.0, "1", True)),
         *(
@@ -233,7 +235,7 @@ def test_no_keyword_of_ours_is_a_name_in_the_body_that_the_api_needs() -> None:
         ({"n": 2}, True),
         ({"n": np.int64(2)}, True),
         ({"n": None}, False),
-        ({"n": "2"}, False),
+        ({"n": 2.0}, True),
         ({"extra_body": {"n": 2}}, True),
         ({"n": 2, "extra_body": {"n": 1}}, False),
         ({"n": 2, "extra_body": None}, True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llmframe.errors import ConfigurationError
@@ -25,6 +26,10 @@ def test_cached_tokens_without_a_price_of_their_own_cost_the_full_one() -> None:
     assert read_prices({"input": 1, "output": 0})(Usage(1000, 0, 1000)) == 0.001
 
 
+def test_a_price_may_be_a_number_of_numpys() -> None:
+    assert read_prices({"input": np.int64(1), "output": np.float64(0.5)}) == read_prices({"input": 1, "output": 0.5})
+
+
 @pytest.mark.parametrize(
     ("prices", "said"),
     [
@@ -34,6 +39,7 @@ def test_cached_tokens_without_a_price_of_their_own_cost_the_full_one() -> None:
         ({"input": -1, "output": 2}, r"prices\['input'\]=-1 is not a price; pass USD per million tokens"),
         ({"input": 1, "output": float("nan")}, r"prices\['output'\]=nan"),
         ({"input": 1, "output": float("inf")}, r"prices\['output'\]=inf"),
+        ({"input": 1, "output": 1e300}, r"prices\['output'\]=1e\+300"),
         ({"input": 1, "output": "2"}, r"prices\['output'\]='2'"),
         ({"input": True, "output": 1}, r"prices\['input'\]=True"),
         (0.15, "prices=0.15 is no dict"),
