@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -558,12 +559,18 @@ def _embeddings_deliverer(
     def give(number: int, completion: Completion) -> None:
         numbers, found = made.taken(number, completion)
         known = state.outcomes.dimensions
-        if found is not None and known not in (None, found.vectors.shape[1]):
-            words = f"the endpoint gave {found.vectors.shape[1]:,} numbers, where it gave {known:,} before"
-            completion, found = replace(completion, status="failed", error=words, parsed=None), None
         if found is None:
             for each in numbers.tolist():
                 deliver(each, completion)
+            return
+        if known not in (None, found.vectors.shape[1]):
+            _count(state, completion)  # of no use, and billed all the same
+            words = f"the endpoint gave {found.vectors.shape[1]:,} numbers, where it gave {known:,} before"
+            failed = replace(completion, status="failed", error=words, parsed=None)
+            shares = zip(numbers.tolist(), found.prompt_tokens.tolist(), found.cost_usd.tolist(), strict=True)
+            for each, tokens, usd in shares:
+                told, cost = None if tokens < 0 else tokens, None if math.isnan(usd) else usd
+                deliver(each, replace(failed, prompt_tokens=told, cost_usd=cost))
             return
         state.outcomes.put_embeddings(numbers, found, "request")
         state.rows_done += int(shared[numbers].sum())

@@ -214,6 +214,7 @@ def directives_in(text: str) -> Mapping[str, str]:
     ``[[finish=length]]``, ``[[finish=content_filter]]``: that finish_reason; length gives half of the text.
     ``[[refusal=I cannot]]``, ``[[tool_calls]]``: that instead of a text.
     ``[[null]]``: a vector of nulls, in a request for embeddings (a wish in any of its texts is one of the request).
+    ``[[dimensions=6]]``: vectors of that length, in the same.
     ``[[surrogate]]``: a lone surrogate in the text.
     ``[[echo_headers]]``: the text is the JSON of the headers received.
     """
@@ -551,7 +552,7 @@ def embedding_answer(
 ) -> Answer:
     """Answer an embedding request: one vector an input, as base64 where that is asked for."""
     texts = [request["input"]] if isinstance(request["input"], str) else request["input"]
-    dimensions = request.get("dimensions") or 8
+    dimensions = request.get("dimensions") or int(directives.get("dimensions", 8))
     arrays = [vector_of(text, dimensions) for text in texts]
     vectors: list[Any]
     if request.get("encoding_format") == "base64":

@@ -245,6 +245,22 @@ def test_a_vector_that_is_none_is_its_texts_failure(embed: Embed) -> None:
     assert "the reply holds no answer" in out["embedding_error"][5]
 
 
+def test_vectors_of_another_length_fail_their_rows_alone_and_are_paid_for_once(
+    server: SimulatedServer, embed: Embed
+) -> None:
+    frame = rows(96)
+    frame.loc[40, "text"] = "[[dimensions=6]]"
+    out = embed(frame, max_concurrency=1, prices={"input": 1.0}, details=True)
+    failed = out["embedding_status"] == "failed"
+    assert failed.sum() == 32
+    assert out["embedding_error"][failed].unique().tolist() == ["the endpoint gave 6 numbers, where it gave 8 before"]
+    assert is_right(out)
+    assert out["embedding_prompt_tokens"].sum() == server.stats().prompt_tokens
+    assert llmframe.last_run().usage.prompt_tokens == server.stats().prompt_tokens
+    assert out["embedding_cost_usd"].sum() == pytest.approx(server.stats().prompt_tokens / 1e6)
+    assert llmframe.last_run().cost_usd == pytest.approx(server.stats().prompt_tokens / 1e6)
+
+
 def test_a_text_too_long_for_the_model_is_its_rows_error(embed: Embed) -> None:
     frame = rows(20)
     frame.loc[3, "text"] = "long " * 10_000
