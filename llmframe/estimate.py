@@ -144,6 +144,8 @@ def _estimated(prompts: Prompts, options: Options, sample: int | None) -> Estima
     check_count("sample", sample)
     if options.checkpoint is None:
         raise ConfigurationError("sample= asks rows for real; pass checkpoint= to keep their answers for the call")
+    if options.refresh:
+        raise ConfigurationError("sample= asks rows for real, and refresh=True asks them again; leave one of them out")
     first = _look(prompts, options, ENOUGH)
     positions = first.ask_first(sample)
     if len(positions):

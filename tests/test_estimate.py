@@ -119,6 +119,12 @@ def test_a_sample_without_a_checkpoint_would_be_paid_for_twice_and_is_refused(se
     assert server.stats().received == 0
 
 
+def test_a_sample_that_the_call_would_ask_again_is_refused(server: SimulatedServer, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="refresh=True asks them again"):
+        frame().llm.estimate("{text}", sample=10, refresh=True, **given(server, checkpoint=tmp_path / "run"))
+    assert server.stats().received == 0
+
+
 def test_its_sums_are_those_of_the_run_to_the_cent(server: SimulatedServer) -> None:
     server.configure(vocabulary="o200k_base")
     call = given(server, model="gpt-4o-mini", prices={"input": 150.0, "output": 600.0}, details=True)
