@@ -164,7 +164,10 @@ class Checkpoint:
     @property
     def held(self) -> int:
         """The distinct answers the directory held, by whomever, when it was last searched."""
-        return len(self._indexed()) if self._held is None else self._held  # counted when asked: it takes a sort
+        if self._held is not None:
+            return self._held
+        with self._indexed() as index:
+            return len(index)  # counted when asked: it takes a sort
 
     @property
     def unsaved(self) -> int:
@@ -189,8 +192,8 @@ class Checkpoint:
         """Yield what `find` does, many rows at a time and laid out as `COLUMNS`, with the places of their keys."""
         order = np.argsort(keys)
         while True:
-            index = self._indexed()
-            candidates = [_Candidates.of_hits(hits, order) for hits in index.find(keys[order])]
+            with self._indexed() as index:
+                candidates = [_Candidates.of_hits(hits, order) for hits in index.find(keys[order])]
             missed: list[npt.NDArray[np.int64]] = []
             for name, rows, ids in _winners(candidates):
                 places, given = ids[:, 0], 0
@@ -206,14 +209,16 @@ class Checkpoint:
                 return
             order = order[np.isin(order, np.concatenate(missed))]
 
-    def _indexed(self) -> Index:
-        """Give an index of what is on disk now: the one it was opened with, or one for this search."""
+    @contextmanager
+    def _indexed(self) -> Iterator[Index]:
+        """Give an index of what is on disk now: the one it was opened with, locked, or one for this search."""
         index = self._index if self._index is not None else Index()
-        for name, heads in self._parts.read(Part.heads, known=index.parts):
-            index.add(name, heads)
-        index.forget(index.parts - self._parts.listed)
-        self._held = len(index) if index is not self._index else None
-        return index
+        with index.lock:
+            for name, heads in self._parts.read(Part.heads, known=index.parts):
+                index.add(name, heads)
+            index.forget(index.parts - self._parts.listed)
+            self._held = len(index) if index is not self._index else None
+            yield index
 
     def differs(self) -> str | None:
         """Say what has changed since the answers in the directory were asked for; None if there are none."""

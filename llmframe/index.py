@@ -5,6 +5,7 @@ Pure. A part never changes under its name, so an index that was made for one sea
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 from llmframe.parts import Heads
 
-WORDS = 4  # of a digest; one of them tells any number of answers apart that a disk can hold
+WORDS = 4  # of a digest; only a count goes by the first: that two of a billion answers share it has a chance of 3%
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,10 +42,12 @@ class Hits:
 class Index:
     """The answers that were paid for, by key, of all the parts of one checkpoint.
 
-    Pass one to `Checkpoint.open` again and again, and each part's keys are read only once.
+    Pass one to `Checkpoint.open` again and again, and each part's keys are read only once. Who brings it up to date
+    holds its `lock` until it has found what it looks for: another one's list of parts may be an older one.
     """
 
     def __init__(self) -> None:
+        self.lock = threading.Lock()
         self._parts: dict[str, _Keys] = {}
 
     @property

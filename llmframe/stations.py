@@ -124,7 +124,6 @@ class Station:
         self._meeting: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
         self._door = asyncio.Lock()
-        self._reading = threading.Lock()  # the index takes one reader at a time
         prompts = prompts_of(empty, prompt, options)
         self._call = runner.plan_call(prompts, replace(options, where=None if options.where is None else "missing"))
         assert options.checkpoint is not None
@@ -275,8 +274,7 @@ class Station:
 
     def _recall(self, prepared: Prepared, numbers: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
         """Take what the checkpoint holds; give the rest."""
-        with self._reading:
-            runner.recall(prepared, numbers)
+        runner.recall(prepared, numbers)
         return numbers[np.isin(numbers, prepared.state.outcomes.pending())]
 
     def close(self, *, tidy: bool) -> None:

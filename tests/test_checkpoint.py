@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,7 +31,7 @@ from hypothesis import strategies as st
 
 from llmframe.checkpoint import FANOUT, FLUSH_ROWS, FLUSH_S, Checkpoint, Origin, read_checkpoint
 from llmframe.errors import CheckpointError, ConfigurationError, LLMFrameWarning
-from llmframe.index import Index
+from llmframe.index import Hits, Index
 from llmframe.parts import COLUMNS, NewerFormat, NotAPart, Part, completions, encode
 from llmframe.requests import packed
 from llmframe.results import PAID, STATUSES, Completion
@@ -973,3 +974,27 @@ def test_a_kept_index_takes_45_bytes_an_answer_at_most(tmp_path: Path) -> None:
     (held,) = index._parts.values()
     assert held.keys.nbytes + held.rows.nbytes + held.answered_at.nbytes <= 45 * 5_000
     checkpoint.close()
+
+
+def test_a_search_is_not_disturbed_by_another_on_the_same_index_with_an_older_list(tmp_path: Path, monkeypatch) -> None:
+    others: list[threading.Thread] = []
+
+    class Disturbed(Index):
+        def find(self, keys: npt.NDArray[np.void]) -> Iterator[Hits]:
+            if not others:
+                others.append(threading.Thread(target=lambda: list(asked(other, [1]))))
+                others[0].start()
+                others[0].join(0.2)
+            return super().find(keys)
+
+    index = Disturbed()
+    one, other = (Checkpoint.open(tmp_path, ORIGIN, index) for _ in range(2))
+    older = other._storage.parts()
+    monkeypatch.setattr(other._storage, "parts", lambda: older)
+    one.add(key(1), answer("one"))
+    one.flush()
+
+    assert dict(asked(one, [1])) == {1: answer("one")}
+    others[0].join()
+    one.close(tidy=False)
+    other.close(tidy=False)
