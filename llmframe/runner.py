@@ -126,7 +126,13 @@ def complete(prompts: Prompts, options: Options, *, listed: bool = False) -> Sta
 
 async def acomplete(prompts: Prompts, options: Options, *, listed: bool = False) -> State:
     """Run without blocking the caller's loop; see `complete` and `LLMFrame.acomplete`."""
-    prepared = await loops.in_thread(functools.partial(prepare, prompts, options))
+    planning = asyncio.ensure_future(loops.in_thread(functools.partial(prepare, prompts, options)))
+    try:
+        prepared = await asyncio.shield(planning)
+    except asyncio.CancelledError:  # the thread cannot be stopped, and may hold a checkpoint when it is done
+        planning.add_done_callback(_let_go)
+        await asyncio.wait({planning})
+        raise
     bar = Bar(prepared.state, options.progress)
     try:
         await loops.arun(lambda: execute(prepared), bar.draw, here=prepared.endpoint.bound)
@@ -137,6 +143,15 @@ async def acomplete(prompts: Prompts, options: Options, *, listed: bool = False)
     finally:
         bar.close()
     return prepared.state
+
+
+def _let_go(planning: asyncio.Future[Prepared]) -> None:
+    """End a run that was planned, and that nobody waits for any more."""
+    if not planning.cancelled() and planning.exception() is None:
+        prepared = planning.result()
+        prepared.state.ended = time.monotonic()
+        if prepared.checkpoint is not None:
+            prepared.checkpoint.close(tidy=False)
 
 
 def prepare(prompts: Prompts, options: Options) -> Prepared:
@@ -152,8 +167,8 @@ def prepare(prompts: Prompts, options: Options) -> Prepared:
     for url in (call.endpoint.url, *call.endpoint.replicas):
         warn_of_open_line(url)
     checkpoint = open_checkpoint(prompts, options, call)
-    prepared = ready(prompts, options, call, checkpoint)
     try:
+        prepared = ready(prompts, options, call, checkpoint)
         tell(prepared, recall(prepared))
     except BaseException:
         if checkpoint is not None:

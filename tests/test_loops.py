@@ -667,6 +667,32 @@ def test_a_cancelled_acomplete_has_unwound_when_it_raises(
     assert server.wait_for(in_flight=0).answered == ROWS - IN_FLIGHT
 
 
+def test_an_acomplete_that_is_cancelled_while_it_plans_holds_no_checkpoint(
+    server: SimulatedServer, tmp_path: Path
+) -> None:
+    planning, cancelled = threading.Event(), threading.Event()
+
+    def prompt(row: Any) -> str:
+        planning.set()
+        assert cancelled.wait(10)
+        return str(row.text)
+
+    async def main() -> None:
+        keywords: dict[str, Any] = {"model": "m", "base_url": server.base_url, "checkpoint": tmp_path / "runs"}
+        call = asyncio.ensure_future(frame(3).llm.acomplete(prompt, **keywords))
+        await asyncio.get_running_loop().run_in_executor(None, planning.wait)
+        call.cancel()
+        asyncio.get_running_loop().call_later(0.01, cancelled.set)
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    asyncio.run(main())
+    assert os.listdir(tmp_path / "runs") == []
+    ended_s = llmframe.last_run().seconds
+    assert llmframe.last_run().seconds == ended_s
+    assert server.stats().received == 0
+
+
 def test_a_cancelled_acomplete_says_how_to_go_on_and_has_the_frame_so_far(
     server: SimulatedServer, tmp_path: Path
 ) -> None:
