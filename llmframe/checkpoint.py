@@ -326,8 +326,10 @@ class Checkpoint:
         with self._merging():
             while names := self._full_tier(self._own):
                 self._merge(names, self._own)
+            if down_to is None:  # a flush may add to them at any time
+                return
             small = sorted(self._mergeable(self._own), key=self._own.__getitem__)
-            if down_to is not None and len(small) > down_to:
+            if len(small) > down_to:
                 self._merge(small[: len(small) - down_to + 1], self._own)
 
     def _merge_dead(self) -> None:
@@ -398,7 +400,8 @@ class Checkpoint:
                             self._stop_if_asked()
             size = file.tell()
         sizes[merged] = self._own[merged] = size
-        pa.default_memory_pool().release_unused()  # its thread ends, and with it the way to what it has freed
+        # Freed memory is given back now: once this thread ends the allocator cannot reach it.
+        pa.default_memory_pool().release_unused()
         for name in old:
             self._storage.delete(name)
             sizes.pop(name)

@@ -139,7 +139,8 @@ class Bar:
         taken = len(f"{self._bar.desc}|{'':{BLOCKS}}| ")
         room = columns - taken if isinstance(columns, int) else math.inf
         self._bar.n = state.rows_done
-        self._bar.bar_format = _layout(words(state, rate=(state.rows_done - before) / (now - then), room=room))
+        rate = (state.rows_done - before) / (now - then) if now > then else 0.0  # Windows' clock moves every 15 ms
+        self._bar.bar_format = _layout(words(state, rate=rate, room=room))
 
 
 class Lines:

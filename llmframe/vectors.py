@@ -160,10 +160,8 @@ def similarity(a: pd.Series[Any], b: Any) -> pd.Series[Any]:
         if len(a) != len(b) or not a.index.equals(b.index):
             raise ConfigurationError("the two columns have different indexes; take them from one frame")
         theirs = b.tolist()
-    elif isinstance(b, np.ndarray | list | tuple) and np.ndim(b) == 1 and len(b):
-        theirs = [np.asarray(b, np.float32)] * len(a)
     else:
-        raise ConfigurationError(f"what to compare with is {kind(b)}; pass a column of embeddings, or one of them")
+        theirs = [_vector(b)] * len(a)
     ours = a.tolist()
     values, missing = np.zeros(len(ours)), np.ones(len(ours), bool)
     for start in range(0, len(ours), CHUNK):
@@ -190,6 +188,17 @@ def similarity(a: pd.Series[Any], b: Any) -> pd.Series[Any]:
         values[both] = np.clip(np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0), -1.0, 1.0)
         missing[both] = norms == 0  # no direction
     return pd.Series(pd.arrays.FloatingArray(values, missing), index=a.index, name="similarity")
+
+
+def _vector(value: Any) -> Matrix:
+    """Read the one embedding that all are compared with."""
+    try:
+        vector = np.asarray(value if isinstance(value, np.ndarray | list | tuple) else (), np.float32)
+    except (ValueError, TypeError):  # of several lengths, or of what are no numbers
+        vector = np.empty(0, np.float32)
+    if vector.ndim != 1 or not len(vector):
+        raise ConfigurationError(f"what to compare with is {kind(value)}; pass a column of embeddings, or one of them")
+    return vector
 
 
 def _is_there(value: Any) -> bool:

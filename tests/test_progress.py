@@ -122,6 +122,17 @@ def test_the_rate_that_is_left_standing_is_that_of_the_whole_run(
     assert "100/100, in 00:12, 1/s" in capfd.readouterr().err.replace("1.0/s", "1/s")
 
 
+def test_a_run_that_is_over_before_the_clock_moves_has_its_bar(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: 1.0))
+    going = state(rows=3, rows_done=0, options=SimpleNamespace(output="response"))
+    bar = progress.Bar(going, progress=True)
+    going.rows_done, going.ended = 3, 1.0
+    bar.close()
+    assert "3/3" in capfd.readouterr().err
+
+
 def test_a_run_with_nothing_to_ask_draws_no_bar(
     server: SimulatedServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
