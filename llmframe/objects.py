@@ -29,7 +29,7 @@ from llmframe.errors import SchemaError
 from llmframe.messages import well_formed
 from llmframe.repair import QUOTED, Unfit, read_answer
 from llmframe.results import text_dtype
-from llmframe.strict import JsonSchema, canonical_form, check_required, is_loose, plain, strict, takes_null
+from llmframe.strict import JsonSchema, canonical_form, check_required, is_loose, plain, strict, takes_null, target
 
 NAME = "answer"  # of a schema without a title that the API would take
 REASONS = 3  # told of an answer that does not fit; the first ones explain the rest
@@ -176,13 +176,11 @@ def of_model(model: type[pydantic.BaseModel]) -> Objects:
     """
     try:
         own = model.model_json_schema()
-        held = _object(plain(model.model_json_schema(schema_generator=_Held)))
-    except SchemaError:
-        raise
+        own_held = model.model_json_schema(schema_generator=_Held)
     except Exception as error:  # pydantic's own, or those of a json_schema_extra of the user's
         said = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise SchemaError(f"{model.__name__} has no JSON schema: {said}") from error
-    simple = _object(plain(own))
+    simple, held = _object(plain(own)), _object(plain(own_held))
     inside = _inside(model).model_fields
     own_names = {_name_read(each, info): each for each, info in inside.items()}
     for name in simple["properties"]:
@@ -366,11 +364,8 @@ def _all(values: list[Any], kind: type) -> bool:
 
 
 def _followed(schema: Any, root: JsonSchema) -> JsonSchema:
-    seen = 0
-    while isinstance(schema, dict) and "$ref" in schema and seen <= len(root.get("$defs", {})):
-        name = str(schema["$ref"]).removeprefix("#/$defs/")
-        schema = root if schema["$ref"] == "#" else root["$defs"][name]
-        seen += 1
+    while isinstance(schema, dict) and "$ref" in schema:
+        schema = target(schema["$ref"], root, root.get("$defs", {}))
     return schema if isinstance(schema, dict) else {}
 
 

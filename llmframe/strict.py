@@ -72,7 +72,7 @@ def plain(schema: Mapping[str, Any]) -> JsonSchema:
         if reference == "#" or reference in followed:
             raise _endless(reference)
         followed.add(reference)
-        made = {**_target(reference, made, defs), **made}
+        made = {**target(reference, made, defs), **made}
     reached = _reached(made, defs)
     used = {name: definition for name, definition in defs.items() if name in reached}
     _check_ends(made, used)
@@ -99,7 +99,7 @@ def _check_ends(root: JsonSchema, defs: Mapping[str, Any]) -> None:
         if reference in above:
             raise _endless(reference)
         if reference is not None and reference not in ended:
-            look(_target(reference, root, defs), (*above, reference))
+            look(target(reference, root, defs), (*above, reference))
             ended.add(reference)
         for inner in _beside(part):
             look(inner, above)
@@ -164,10 +164,21 @@ def _of_type(schema: JsonSchema, kind: str) -> JsonSchema:
     return {"type": kind, **{name: value for name, value in schema.items() if name not in ("type", "description")}}
 
 
-def _target(reference: Any, root: JsonSchema, defs: Mapping[str, Any]) -> JsonSchema:
+def _name(reference: Any) -> str:
+    return str(reference).removeprefix("#/$defs/").replace("~1", "/").replace("~0", "~")
+
+
+def target(reference: Any, root: JsonSchema, defs: Mapping[str, Any]) -> JsonSchema:
+    """Give what a reference leads to.
+
+    Raises
+    ------
+    SchemaError
+        It leads nowhere, or out of the schema.
+    """
     if reference == "#":
         return root
-    name = str(reference).removeprefix("#/$defs/").replace("~1", "/").replace("~0", "~")
+    name = _name(reference)
     if not str(reference).startswith("#/$defs/") or not isinstance(defs.get(name), Mapping):
         raise SchemaError(f"the schema refers to {reference!r:.100}, which is not among its $defs; put it there")
     found: JsonSchema = defs[name]
@@ -179,11 +190,11 @@ def _reached(schema: Any, defs: Mapping[str, Any]) -> set[str]:
     left = [schema]
     while left:
         for reference in _references(left.pop()):
-            target = _target(reference, {}, defs)
-            name = reference.removeprefix("#/$defs/")
+            definition = target(reference, {}, defs)
+            name = _name(reference)
             if reference != "#" and name not in reached:
                 reached.add(name)
-                left.append(target)
+                left.append(definition)
     return reached
 
 
@@ -342,7 +353,7 @@ def canonical_form(schema: JsonSchema) -> JsonSchema:
             rest = {key: value for key, value in part.items() if key != "$ref"}
             if name in above:
                 return {**rest, "$ref": len(above) - above.index(name)}  # so many references up
-            return followed({**_target(name, root, defs), **rest}, (*above, name))
+            return followed({**target(name, root, defs), **rest}, (*above, name))
         return _ordered(_mapped(part, lambda inner: followed(inner, above)))
 
     root = {name: value for name, value in schema.items() if name != "$defs"}
@@ -359,7 +370,7 @@ def _keeps_measure(root: JsonSchema, defs: Mapping[str, Any]) -> bool:
     def follow(name: str, above: tuple[str, ...]) -> None:
         nonlocal left
         if name not in known:
-            definition = _target(name, root, defs)
+            definition = target(name, root, defs)
             known[name] = len(json.dumps(definition)), _references(definition)
         size, references = known[name]
         left -= size
@@ -384,7 +395,7 @@ def _numbered(root: JsonSchema, defs: Mapping[str, Any]) -> JsonSchema:
         return _ordered(_mapped(part, numbered))
 
     while len(made) < len(places):
-        definition = _target(list(places)[len(made)], root, defs)
+        definition = target(list(places)[len(made)], root, defs)
         made.append(numbered(json.loads(json.dumps(definition, sort_keys=True))))  # no order of names is in a key
     return {"definitions": made}
 

@@ -60,6 +60,12 @@ def test_definitions_are_found_where_older_drafts_have_them() -> None:
     assert plain(schema) == {**an_object(a={"$ref": "#/$defs/A"}), "$defs": {"A": {"type": "string"}}}
 
 
+def test_a_definition_may_have_a_slash_in_its_name() -> None:
+    schema = {**an_object(a={"$ref": "#/$defs/my~1A"}), "$defs": {"my/A": {"type": "string"}}}
+    assert plain(schema) == schema
+    assert canonical_form(schema) == an_object(a={"type": "string"})
+
+
 def test_a_reference_that_leads_nowhere_is_refused() -> None:
     for reference in ("#/$defs/Nobody", "https://example.com/schema.json", "#/properties/a"):
         with pytest.raises(SchemaError, match="which is not among its \\$defs"):
