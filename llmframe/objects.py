@@ -314,7 +314,8 @@ def _is_mixed(schema: Any, root: JsonSchema, seen: set[str]) -> bool:
     if "anyOf" in schema or "prefixItems" in schema:
         branches = [*schema.get("anyOf", ()), *schema.get("prefixItems", ())]
         kinds = {_kind(_followed(branch, root)) for branch in branches} - {"null"}
-        several = len(kinds) > 1 and kinds != {"integer", "number"}
+        inner = {kind for branch in branches for kind in _kinds(branch, root)} - {"null"}  # of `int | None`, integer
+        several = any(len(each) > 1 and each != {"integer", "number"} for each in (kinds, inner))
         return several or any(_is_mixed(branch, root, seen) for branch in branches)
     if "enum" in schema:
         return len({type(value) for value in schema["enum"] if value is not None}) > 1
@@ -323,6 +324,12 @@ def _is_mixed(schema: Any, root: JsonSchema, seen: set[str]) -> bool:
     if _kind(schema) == "object" and (schema.get("additionalProperties") or not schema.get("properties")):
         return True  # parquet would give every row the keys of all, and write no empty one at all
     return _kind(schema) is None or any(_is_mixed(each, root, seen) for each in schema.get("properties", {}).values())
+
+
+def _kinds(schema: Any, root: JsonSchema) -> set[Any]:
+    schema = _followed(schema, root)
+    branches = schema.get("anyOf", ())
+    return {kind for branch in branches for kind in _kinds(branch, root)} if branches else {_kind(schema)}
 
 
 def _kind(schema: JsonSchema) -> Any:

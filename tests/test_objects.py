@@ -397,16 +397,19 @@ def test_nested_numbers_among_texts_come_back_from_parquet() -> None:
         scores: list[tuple[str, float]]
         values: list[float | str]
         pair: tuple[float, str]
+        some: tuple[int | None, str | None]
         one: Measured
 
     texts = [
-        '{"scores": [["a", 0.5]], "values": [1.5, "n/a"], "pair": [1.5, "n/a"], "one": {"value": 1.5}}',
-        '{"scores": [], "values": [], "pair": [2, ""], "one": {"value": "n/a"}}',
+        """{"scores": [["a", 0.5]], "values": [1.5, "n/a"], "pair": [1.5, "n/a"], "some": [1, "a"],
+        "one": {"value": 1.5}}""",
+        '{"scores": [], "values": [], "pair": [2, ""], "some": [null, "b"], "one": {"value": "n/a"}}',
     ]
     back = written_and_read(of_model(Measures), *texts)
     assert back["scores"].tolist()[:2] == ['[["a",0.5]]', "[]"]
     assert back["values"].tolist()[:2] == ['[1.5,"n/a"]', "[]"]
     assert back["pair"].tolist()[:2] == ['[1.5,"n/a"]', '[2.0,""]']
+    assert back["some"].tolist()[:2] == ['[1,"a"]', '[null,"b"]']
     assert back["one"].tolist()[:2] == ['{"value":1.5,"name":""}', '{"value":"n/a","name":""}']
     nested = {"type": "array", "items": {"anyOf": [{"type": "number"}, {"type": "string"}]}}
     back = written_and_read(of_json_schema({"type": "object", "properties": {"a": nested}}), '{"a": [1, "b"]}')
