@@ -9,13 +9,11 @@ from typing import Any
 
 from llmframe.messages import well_formed
 from llmframe.prices import PriceOf
-from llmframe.repair import json_text
+from llmframe.repair import QUOTED, json_text
 from llmframe.replies import Said, as_text, item, read_choices, read_output, read_usage
 from llmframe.requests import Api
 from llmframe.results import STATUSES, Completion, Status
 from llmframe.schemas import Labels, Schema, Unfit
-
-QUOTED = 200  # characters of an answer in an error
 
 
 def read_reply(

@@ -143,6 +143,7 @@ def test_a_label_that_does_not_fit_or_was_cut_is_null_and_quoted(
     made = say(content, finish=finish, schema=LABELS)
     assert made.status == status
     assert (error or "") in (made.error or "")
+    assert (made.error is None) == (error is None)
     assert (made.parsed is None) == (made.text is None) == (status != "ok")
 
 
