@@ -19,6 +19,7 @@ import openai
 import pandas as pd
 
 from llmframe.errors import ConfigurationError
+from llmframe.messages import well_formed
 from llmframe.prompts import Na
 from llmframe.requests import Api
 
@@ -74,18 +75,18 @@ class Options:
         for name in ("details", "refresh", "dedupe"):
             _check_choice(name, getattr(self, name), (True, False))
         _check_choice("progress", self.progress, (None, True, False))
-        if self.model is not None and (not isinstance(self.model, str) or not self.model):
+        if self.model is not None and not _is_name(self.model):
             raise ConfigurationError(f"model={self.model!r} is no model's name; pass text")
-        if not isinstance(self.output, str) or not self.output:
+        if not _is_name(self.output):
             raise ConfigurationError(f"output={self.output!r} is no column name; pass text")
-        if self.history is not None and (not isinstance(self.history, str) or not self.history):
+        if self.history is not None and not _is_name(self.history):
             raise ConfigurationError(f"history={self.history!r} is no column name; pass text")
         if self.history == self.output:
             raise ConfigurationError(f"history= and output= are both {self.output!r}; give each column its own name")
         several = self.several  # looked at here too, since it refuses an n= that is none
         if self.history is not None and several:
             raise ConfigurationError("n= gives several answers, and history= goes on with one; leave one of them out")
-        if self.checkpoint is not None and not isinstance(self.checkpoint, str | os.PathLike):
+        if self.checkpoint is not None and not _is_path(self.checkpoint):
             raise ConfigurationError(f"checkpoint={self.checkpoint!r} is no directory; pass a path or an fsspec URL")
         check_count("max_attempts", self.max_attempts)
         if self.max_concurrency is not None:
@@ -308,6 +309,20 @@ def _show(options: Callable[..., Options], call: Any) -> Any:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real)  # numpy's too
+
+
+def _is_name(value: Any) -> bool:
+    """Whether it is text, and such that JSON and Arrow take: found later, after rows are paid for."""
+    return isinstance(value, str) and value != "" and well_formed(value) == value
+
+
+def _is_path(value: Any) -> bool:
+    """Whether a file system takes it; no text at all would be the working directory, and seldom meant."""
+    try:
+        path = os.fsencode(value)
+    except (TypeError, ValueError):  # of another type, or with a lone surrogate
+        return False
+    return not isinstance(value, bytes) and path != b"" and b"\0" not in path
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

@@ -107,7 +107,7 @@ def select(frame: pd.DataFrame, options: Options) -> npt.NDArray[np.bool_]:
 
 def _as_series(where: Any) -> pd.Series[Any]:
     known = isinstance(where, list | tuple | np.ndarray | pd.Series | pd.Index | pd.api.extensions.ExtensionArray)
-    if not known or getattr(where, "ndim", 1) != 1:
+    if not known or getattr(where, "ndim", 1) != 1 or getattr(getattr(where, "dtype", None), "names", None):
         raise ConfigurationError(f"where= is {kind(where)}; it has to be 'missing' or a boolean mask, one value a row")
     return pd.Series(where if len(where) else np.zeros(0, dtype=bool)).reset_index(drop=True)
 

@@ -18,7 +18,7 @@ import pandas as pd
 from llmframe.errors import ConfigurationError, TemplateError
 from llmframe.images import Attachment, CannotRead, attach, attachments_of
 from llmframe.messages import Messages, check_messages, kind, user, well_formed
-from llmframe.templates import Template, read_template
+from llmframe.templates import Template, read_template, written
 
 Na = Literal["skip", "raise", "keep"]
 
@@ -278,7 +278,7 @@ class Prompts:
 
     def _is_column(self, prompt: Any) -> bool:
         try:
-            return prompt in self._labels
+            return prompt in self._labels and prompt in self.frame.columns  # which know False from 0
         except TypeError:  # a list of messages does not hash
             return False
 
@@ -389,7 +389,7 @@ def _from_column(column: Hashable) -> _Maker:
             return user("")
         if isinstance(value, list | tuple | np.ndarray | Mapping):
             return check_messages(value, f"the message array in column {column!r}")
-        return user(value if isinstance(value, str) else str(value))
+        return user(value if isinstance(value, str) else written(value, column))
 
     return _Maker(make, (column,), (column,))
 
@@ -446,9 +446,13 @@ def _read_system(system: Any, names: Mapping[str, Hashable]) -> Template:
 
 def _read_examples(examples: Iterable[Any] | None) -> Messages:
     messages: Messages = []
-    if examples is not None and not isinstance(examples, Iterable):
-        raise TemplateError(f"examples= is {kind(examples)}; it has to be a list of pairs (user text, assistant text)")
-    for number, pair in enumerate(examples or ()):
+    try:
+        pairs = [] if examples is None else list(examples)
+    except TypeError as error:  # no iterable, or an array without a dimension
+        raise TemplateError(
+            f"examples= is {kind(examples)}; it has to be a list of pairs (user text, assistant text)"
+        ) from error
+    for number, pair in enumerate(pairs):
         if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
             raise TemplateError(f"examples[{number}] is {kind(pair)}; it has to be a pair (user text, assistant text)")
         for role, text in zip(("user", "assistant"), pair, strict=True):

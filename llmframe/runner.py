@@ -614,7 +614,8 @@ def split_extras(params: Any) -> tuple[dict[str, Any], Extras]:
     body = dict(params)
     extras: dict[str, dict[str, Any]] = {}
     for name in ("extra_headers", "extra_query", "extra_body"):
-        extras[name] = body.pop(name, None) or {}
+        given = body.pop(name, None)
+        extras[name] = {} if given is None else given
         if not isinstance(extras[name], dict):
             raise ConfigurationError(f"{name}={extras[name]!r:.60} has to be a dict")
     body.update(extras["extra_body"])

@@ -27,13 +27,36 @@ class Field:
         if value is None:
             return ""
         if not self.spec:
-            return value if type(value) is str else str(value)
+            return value if type(value) is str else written(value, self.column)
         try:
             return format(value, self.spec)
         except Exception as error:  # a value's own __format__ may raise anything
             raise TemplateError(
-                f"column {self.column!r} holds {value!r:.60}, which the spec {self.spec!r} does not take: {error}"
+                f"column {self.column!r} holds {_shown(value)}, which the spec {self.spec!r} does not take: {error}"
             ) from None
+
+
+def written(value: Any, column: Hashable) -> str:
+    """Give a value as text.
+
+    Raises
+    ------
+    TemplateError
+        The value's own ``__str__`` raises.
+    """
+    try:
+        return str(value)
+    except Exception as error:
+        raise TemplateError(
+            f"column {column!r} holds a value of type {type(value).__name__} that cannot be written as text: {error}"
+        ) from error
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.60}"
+    except Exception:  # its own __repr__ may raise anything too
+        return f"a value of type {type(value).__name__}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,6 +90,7 @@ def test_an_empty_frame_takes_an_empty_mask(where: Any) -> None:
         (5, "where= is of type int"),
         (FRAME == "b", "where= is of type DataFrame"),
         (np.ones((3, 1), dtype=bool), "where= is of type ndarray"),
+        (np.zeros(3, dtype=[("x", bool)]), "where= is of type ndarray"),
         (lambda frame: frame.x == "a", "where= is of type function"),
         ({7: True}, "where= is of type dict"),
     ],

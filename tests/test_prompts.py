@@ -233,6 +233,8 @@ def test_examples_come_after_the_prompts_own_system_message() -> None:
         ({"examples": [("a",)]}, r"examples\[0\] is of type tuple; it has to be a pair"),
         ({"examples": [("a", "b"), ("a", 5)]}, r"examples\[1\]: its assistant side is of type int"),
         ({"examples": 5}, "examples= is of type int"),
+        ({"examples": np.array("ab")}, "examples= is of type ndarray"),
+        ({"examples": pd.DataFrame({"x": ["a"]})}, r"examples\[0\] is a string \('x'\); it has to be a pair"),
         ({"na": "drop"}, "na='drop' is not known"),
     ],
 )
@@ -413,6 +415,25 @@ def test_a_row_that_a_spec_does_not_take_is_named() -> None:
     frame = pd.DataFrame({"p": [1.5, "cheap"]}, index=["a", "a"])
     with pytest.raises(TemplateError, match=r"row 1 \(label 'a'\): column 'p' holds 'cheap', which the spec '.2f'"):
         made(frame, "{p:.2f}")
+
+
+class Unwritable:
+    def __str__(self) -> str:
+        raise RuntimeError("no connection")
+
+    __repr__ = __str__
+
+
+@pytest.mark.parametrize("prompt", ["x", "{x}", "{x:>5}"])
+def test_a_value_that_cannot_be_written_is_named_with_its_row(prompt: str) -> None:
+    frame = pd.DataFrame({"x": ["a", Unwritable()]}, index=["first", "second"])
+    with pytest.raises(TemplateError, match=r"row 1 \(label 'second'\): column 'x' holds a value of type Unwritable"):
+        made(frame, prompt)
+
+
+def test_false_is_not_the_column_0() -> None:
+    with pytest.raises(TemplateError, match="the prompt is of type bool"):
+        made(pd.DataFrame([["a"]]), False)
 
 
 def test_a_row_that_is_not_wanted_is_no_error() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
 import openai
 import orjson
 import pandas as pd
@@ -19,7 +20,7 @@ import pytest
 
 import llmframe
 from llmframe import engine, failures, loops
-from llmframe.errors import EndpointError, Interrupted, LLMFrameError, RowFailed
+from llmframe.errors import ConfigurationError, EndpointError, Interrupted, LLMFrameError, RowFailed
 from tests.server import SimulatedServer
 from tests.test_endpoint import LOCALHOST, tls_server
 
@@ -435,6 +436,14 @@ def test_a_stopped_run_leaves_no_thread_of_its_own(ask: Caller, threads_before: 
             thread.join(1)
     own = {name for name in (thread.name for thread in threading.enumerate()) if name.startswith("llmframe")}
     assert own - threads_before == set()
+
+
+@pytest.mark.parametrize("name", ["extra_headers", "extra_query", "extra_body"])
+@pytest.mark.parametrize("value", [pd.NA, np.array([1, 2]), "x"], ids=repr)
+def test_extras_that_are_no_dict_are_refused(ask: Caller, name: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=f"{name}=.* has to be a dict"):
+        ask(texts(1), **{name: value})
+    assert ask.server.stats().received == 0
 
 
 def test_extra_headers_and_queries_reach_the_endpoint_as_the_sdk_takes_them(ask: Caller) -> None:

@@ -105,6 +105,7 @@ def test_no_schema_is_none() -> None:
         ({"a", "b"}, "is no schema; pass a list of labels"),
         ({"type": "object"}, "not that of an object with properties"),
         (5, "schema=5 is no schema"),
+        (np.array("a"), "is no schema; pass a list of labels"),
     ],
 )
 def test_labels_that_cannot_be_asked_for_are_refused(schema: Any, said: str) -> None:
