@@ -146,9 +146,7 @@ class Checkpoint:
         try:
             self._storage.claim(self._writer)
         except (FileExistsError, NotADirectoryError) as error:
-            raise CheckpointError(
-                f"{self._where} is not a directory, and a checkpoint is one: name another path"
-            ) from error
+            raise _no_directory(self._where) from error
         except OSError as error:
             raise CheckpointError(
                 f"the checkpoint {self._where} cannot be written: {_reason(error)}; name a directory that can be"

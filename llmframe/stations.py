@@ -231,7 +231,7 @@ class Station:
             queue = self._queue(line) if limits.paced and self._peers.many else ()
             wants = Wants(queue, line.pacer.in_flight, self._spent, held, most)
             if limits.max_concurrency is not None and self._peers.many:
-                share.seats = wants.in_flight  # it is offered the rest: until the answer comes it takes none of it
+                share.seats = wants.in_flight  # until the desk answers, all seats not in use are offered back
             grant = await self._peers.meet(self._name, wants)
             share.peers = grant.peers
             if self._peers.many:
