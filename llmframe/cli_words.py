@@ -17,7 +17,10 @@ Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 def report(text: str) -> None:
     """Print what came of a verb whose work is done, which it stays where nobody takes what is printed."""
     try:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except UnicodeEncodeError as error:  # PYTHONIOENCODING=ascii, and a file of another name
+            print(text.encode(error.encoding, "backslashreplace").decode(error.encoding), flush=True)
     except OSError as error:
         # What is buffered would be written again at the end of the process, and fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

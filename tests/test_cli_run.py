@@ -208,6 +208,13 @@ def test_a_job_that_is_done_is_done_where_its_output_goes_nowhere(
         out.close()
 
 
+def test_a_job_that_is_done_says_so_in_ascii_too(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("said.txt", "w", encoding="ascii") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(["run", "in.parquet", "größe.parquet", "text", "--quiet"]) == 0
+    assert Path("said.txt").read_text().rstrip().endswith(r"written to gr\xf6\xdfe.parquet")
+
+
 @pytest.mark.parametrize("kind", ["closed", "unread"])
 def test_a_job_goes_on_where_standard_error_goes_nowhere(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
