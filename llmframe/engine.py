@@ -28,12 +28,13 @@ from llmframe.requests import Form, text_bytes
 from llmframe.results import Completion, Usage, after
 from llmframe.timeouts import Timeout
 
-FIRST_PATIENCE_S = 12.0  # nothing ever answered: most likely the address is wrong, and the user sits waiting
-PATIENCE_S = 600.0  # an endpoint that has answered comes back: a deployment, a restart, a change of network
+FIRST_PATIENCE_S = 12.0  # nobody is there: most likely the address is wrong, and the user sits waiting
+PATIENCE_S = 600.0  # an endpoint that is there comes back: it loads its model, is deployed anew, or restarts
 AHEAD = 2  # requests beyond the window that are made and wait: by them the pacer sees that more is wanted
 GRACE_S = 1.0  # what is in flight is paid for: how long a stopped run waits for it
 ALIKE = 20  # the same refusal of so many first rows, with no answer among them, is the run's failure
 GATEWAY = frozenset({502, 503, 504})  # statuses of whoever stands before a server that is not there
+NOT_THERE = frozenset({502, 504})  # those of them that only a proxy gives: a server that loads its model says 503
 MAYBE_BILLED = frozenset({408, 502, 504, 520, 524})
 """Statuses of whoever stands before the server and gave up waiting, or could not read its answer: it may have answered.
 
@@ -221,6 +222,9 @@ class Crew:
         self._failing = 0  # those of them that are tried again
         self._began = self._loop.time()
         self._unreached_since: float | None = None
+        self._refused_since: float | None = None  # the first 429 with no answer after it
+        self._there = False  # a server has refused a request itself
+        self._asked_s = 0.0  # the longest wait that was asked for
         self._trouble = "none yet"  # the last failure, for the message when patience runs out
         self._refusals: list[int | None] | None = []  # HTTP statuses of the first rows, while all are one 4xx
         self._finished: asyncio.Future[None] = self._loop.create_future()
@@ -394,6 +398,7 @@ class Crew:
         if completion.prompt_tokens is not None:
             used = completion.prompt_tokens + (completion.completion_tokens or 0)
         self._line.answered = True
+        self._refused_since = None
         latency_s = now - job.started
         self._line.pacer.answered(
             now,
@@ -430,13 +435,15 @@ class Crew:
         self._tally.maybe_billed += _may_be_billed(reply, failure)
         self._trouble = failure.message
         asked_s = self._tell_pacer(job, reply, failure, now)
+        self._there |= (failure.http or 0) >= 400 and failure.http not in NOT_THERE
+        self._asked_s = max(self._asked_s, asked_s or 0.0)
         if self._ask_again is not None:
             body = self._ask_again.fallen_back(job.number, job.form, failure)
             if body is not None and not self._finished.done():
                 self._line.admit()
                 self._send_again(job, body)
                 return
-        wait_s = self._settle(job, failure, asked_s)
+        wait_s = self._settle(job, failure, asked_s, now)
         self._line.admit()  # after it is settled whether the run goes on
         if wait_s is None or self._finished.done():
             return
@@ -462,10 +469,14 @@ class Crew:
             pacer.failed(now, latency_s=latency_s, reserved=job.tokens, kind=failure.kind)
         return asked_s
 
-    def _settle(self, job: Job, failure: Failure, asked_s: float | None) -> float | None:
+    def _settle(self, job: Job, failure: Failure, asked_s: float | None, now: float) -> float | None:
         """Stop the run, give up the row, or give the seconds to wait for its next attempt."""
         if failure.verdict == "run":
             self._stop(EndpointError(f"{failure.message}; sent to {self._endpoint.url}"))
+            return None
+        if failure.verdict == "row":
+            self._refused_since = None
+        elif failure.kind == "rate limit" and self._refused_too_long(failure, now):
             return None
         if failure.kind == "connection" and self._unreached_since is None:
             self._unreached_since = job.started
@@ -491,6 +502,26 @@ class Crew:
             return 0.0
         # While the endpoint is down its probes are spaced already.
         return 0.0 if self._line.pacer.down_since is not None else failures.backoff_s(job.attempts, random.random())
+
+    def _refused_too_long(self, failure: Failure, now: float) -> bool:
+        """Stop when nothing but 429s has come for too long, as from a limit by the day that says no more than that.
+
+        Judged when one comes and not by the clock: where a known limit lets nothing out for long, nobody refuses.
+        """
+        if self._refused_since is None:
+            self._refused_since = now
+        refused_s = now - self._refused_since
+        oldest = next(iter(self._flying), None)
+        at_work = oldest is not None and oldest.started < self._refused_since  # it was let in, and is slow
+        if refused_s <= PATIENCE_S or at_work:
+            return False
+        self._stop(
+            EndpointError(
+                f"the endpoint has refused every request for {refused_s:,.0f} s, and llmframe waits no longer than "
+                f"{PATIENCE_S:.0f} s: {failure.message}; sent to {self._endpoint.url}"
+            )
+        )
+        return True
 
     def _is_strike(self, job: Job, failure: Failure) -> bool:
         """Whether a failure may be the row's own, and not the endpoint's or its other users'."""
@@ -586,7 +617,9 @@ class Crew:
         oldest = next(iter(self._flying), None)
         if oldest is not None and now - oldest.started > CONNECT_S:
             return  # no connection takes that long: somebody is there, at work on it
-        if lost_s > (PATIENCE_S if self._line.answered else FIRST_PATIENCE_S):
+        patience_s = PATIENCE_S if self._there or self._line.answered else FIRST_PATIENCE_S
+        # What was asked for is waited out, and what is sent then has a moment to be answered.
+        if lost_s > max(patience_s, self._asked_s and self._asked_s + FIRST_PATIENCE_S):
             self._stop(
                 EndpointError(
                     f"no answer from {self._endpoint.url} for {lost_s:.0f} s; the last attempt: {self._trouble}; "

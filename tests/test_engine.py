@@ -491,7 +491,7 @@ def test_an_outage_at_the_end_of_one_run_is_not_held_against_the_next(
     server: SimulatedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "FIRST_PATIENCE_S", 1.5)
-    server.reset(status_all=503)
+    server.reset(status_all=502)
 
     async def main() -> Ran:
         with pytest.raises(EndpointError, match="no answer from"):
@@ -517,6 +517,58 @@ def test_one_lost_connection_is_no_outage_while_slow_requests_are_at_work(
         return ran
 
     assert asyncio.run(main()).statuses == ["ok"]
+
+
+def test_a_server_that_says_503_while_it_loads_is_waited_for(
+    server: SimulatedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "FIRST_PATIENCE_S", 0.3)
+    server.reset(status_all=503, schedule=[(1.0, {"status_all": None})])
+    assert ask(server, rows(20)).statuses == ["ok"] * 20
+
+
+def test_a_retry_after_is_waited_out_though_it_is_longer_than_patience(
+    server: SimulatedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "FIRST_PATIENCE_S", 0.3)
+    server.reset(status_all=502, error_headers={"retry-after-ms": "1000"})
+
+    async def main() -> Ran:
+        async with asking(server, rows(10)) as ran:
+            await server.until(received=10)
+            server.change(status_all=None)
+        return ran
+
+    assert asyncio.run(main()).statuses == ["ok"] * 10
+
+
+@pytest.mark.parametrize("answered_before", [0, 5])
+def test_429s_without_end_end_the_run_in_the_endpoints_own_words(
+    server: SimulatedServer, monkeypatch: pytest.MonkeyPatch, answered_before: int
+) -> None:
+    monkeypatch.setattr(engine, "PATIENCE_S", 0.3)
+    texts = [*rows(answered_before), *(f"[[status=429]] {number}" for number in range(20))]
+    ran = Ran(texts, Policy(Caps(max_concurrency=4)), server.base_url)
+    with pytest.raises(EndpointError, match=r"refused every request for .* Rate limit reached"):
+        alone(ran.run())
+    assert ran.statuses == ["ok"] * answered_before
+
+
+def test_a_limit_that_lets_a_row_through_now_and_then_ends_no_run(
+    server: SimulatedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "PATIENCE_S", 0.5)
+    server.reset(requests_per_min=600, request_burst=1, retry_after="ms")
+    assert ask(server, rows(12)).statuses == ["ok"] * 12
+
+
+def test_429s_beside_a_slow_request_at_work_end_no_run(
+    server: SimulatedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "PATIENCE_S", 0.1)
+    refusing = [(0.05, {"status_all": 429}), (0.7, {"status_all": None})]
+    server.reset(latency_s=0.8, retry_after="ms", retry_after_s=0.05, schedule=refusing)
+    assert ask(server, ["slow", "[[fail_first=1]]"], Policy(max_attempts=50)).statuses == ["ok"] * 2
 
 
 @dataclass
