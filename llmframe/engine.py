@@ -482,7 +482,10 @@ class Crew:
             self._unreached_since = job.started
         job.strikes += self._is_strike(job, failure)
         last = failure.verdict == "row" or job.strikes >= self._policy.max_attempts
-        if (last or (job.strikes >= STRIKES_TOGETHER and failure.kind != "rate limit")) and self._divide(job, failure):
+        suspect = job.strikes >= STRIKES_TOGETHER and failure.kind != "rate limit"
+        # While the endpoint looks down nothing is a strike: it may be one bad row in every request that looks like it.
+        suspect |= failure.http == 500 and self._line.pacer.down_since is not None
+        if (last or suspect) and self._divide(job, failure):
             return None
         if last:
             self._give_up(job, failure)

@@ -60,6 +60,9 @@ _TRY_AGAIN = re.compile(
     r"(?:try again|retry) (?:in|after) ((?:\d+(?:\.\d+)?(?:ms|[smhd]))+\b|\d+(?:\.\d+)?(?= seconds?\b))", re.I
 )
 
+TOO_LONG = ("too large to process", "physical batch size", "maximum context length", "exceeds the context length")
+"""Words of a 500 that mean the text: llama.cpp's and older Ollama's, which a 400 would say. No retry shortens it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Failure:
@@ -175,6 +178,8 @@ def _judge(status: int, error: Any, message: str) -> Failure:
     limited = status == 429 or bool(codes & RATE_CODES)
     if status == 413 or (limited and "request too large" in lower):
         return Failure("row", "request", message, status)  # for the limit itself, so no waiting lets it in
+    if status == 500 and any(words in lower for words in TOO_LONG):
+        return Failure("row", "request", message, status)
     if limited:
         return Failure("retry", "rate limit", message, status, wait=_wait(error, message))
     if status == 404 or "model_not_found" in codes:

@@ -237,6 +237,18 @@ def test_a_text_that_brings_the_server_down_is_found_too(server: SimulatedServer
     assert is_right(out)
 
 
+def test_a_text_that_brings_the_server_down_in_every_request_is_no_outage(
+    server: SimulatedServer, embed: Embed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmframe.outages.PROBE_S", 0.01)
+    monkeypatch.setattr("llmframe.engine.PATIENCE_S", 5.0)
+    frame = rows(32)
+    frame.loc[3::8, "text"] = [f"[[status=500]] {number}" for number in range(4)]
+    out = embed(frame, max_attempts=3)
+    assert out.index[out["embedding_status"] == "failed"].tolist() == list(range(3, 32, 8))
+    assert is_right(out)
+
+
 def test_a_vector_that_is_none_is_its_texts_failure(embed: Embed) -> None:
     frame = rows(64)
     frame.loc[5, "text"] = "[[null]]"

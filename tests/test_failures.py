@@ -113,6 +113,10 @@ def test_a_filtered_prompt_is_its_rows_own_and_filtered(status: int, code: str) 
         (429, error("rate_limit_exceeded", kind="tokens"), RETRY, "rate limit"),
         (429, error(), RETRY, "rate limit"),
         (429, error(kind="exceeded_current_quota_error"), RUN, "access"),  # Moonshot
+        (500, error(message="input is too large to process. increase the physical batch size"), ROW, "request"),
+        (500, error(message="the input length exceeds the context length"), ROW, "request"),
+        (500, error(message="context deadline exceeded"), RETRY, "server error"),
+        (503, error(message="the queue is too large to process"), RETRY, "server error"),
         (400, error(kind="rate_limit_error"), RETRY, "rate limit"),
         (429, error("rate_limit_exceeded", "Request too large for gpt-4o: Limit 100, Requested 200."), ROW, "request"),
         (413, error("rate_limit_exceeded", "Too much: Limit 100, Requested 200.", "tokens"), ROW, "request"),
