@@ -251,7 +251,7 @@ class BatchApi:
             raise self._of_status(error) from error
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
-            words = well_formed(endpoint.redacted(str(cause) or type(cause).__name__, error.request))
+            words = well_formed(endpoint.redacts(error.request)(str(cause) or type(cause).__name__))
             reached = type(cause).__name__ not in ("ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError")
             raise Away(f"no reply from {self._url}: {words}", maybe_done=reached) from error
         except openai.OpenAIError as error:
@@ -264,9 +264,9 @@ class BatchApi:
     def _of_status(self, error: openai.APIStatusError) -> Exception:
         response = error.response
         status = int(response.status_code)
-        failure = failures.of_reply(status, response.headers, response.content, _payload(error.body))
-        words = "" if failure is None else endpoint.redacted(failure.message, response.request)
-        code = endpoint.redacted(str(error.code or ""), response.request)
+        redact = endpoint.redacts(response.request)
+        failure = failures.of_reply(status, response.headers, response.content, _payload(error.body), redact)
+        words, code = "" if failure is None else failure.message, redact(str(error.code or ""))
         if failure is None or "token_limit" in f"{code} {words}" or status in (404, 405):
             return Refused(words, status, code)
         if failure.verdict == "retry":

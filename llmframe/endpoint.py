@@ -12,14 +12,13 @@ import asyncio
 import io
 import ipaddress
 import os
-import re
 import sys
 import threading
 import urllib.request
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import partial
 from typing import Any, Protocol
 from urllib.parse import parse_qsl, urlsplit
 
@@ -32,6 +31,7 @@ from aiohttp.abc import AbstractStreamWriter
 
 from llmframe.errors import ConfigurationError, EndpointError
 from llmframe.failures import Unreachable
+from llmframe.redaction import redacted, secrets_among
 from llmframe.requests import PATHS, Api, identity
 
 CONNECT_S = 10.0  # a host that takes no connection for this long is not there
@@ -39,8 +39,6 @@ LARGE_BYTES = 1 << 19  # aiohttp writes bytes in one go, and warns of it from 1 
 KEEPALIVE_S = 30.0  # shorter than the idle limits of common servers and proxies (60 s), so none closes under a request
 FILES_SHARE = 0.75  # of the files a process may open, for connections; the rest is for everything else
 POOL = 100  # connections of an HTTP client that does not say how many: httpx's own default
-SECRET_NAME = re.compile(rb"auth|key|token|secret|cookie|sig", re.IGNORECASE)  # of a header or a query parameter
-SECRET_LENGTH = 8  # characters; shorter ones are words like "EMPTY" and "local", which would blot out honest text
 HEADER_BYTES = 64 << 10  # of one header of a reply: some gateways' cookies are larger than the 8 KB that aiohttp takes
 AUTOMATIC = ("Accept", "Content-Type", "User-Agent")  # what aiohttp adds by itself where the client's owner took it out
 
@@ -50,11 +48,18 @@ Wrote = Callable[[], None]
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back: any status, the headers, the body as bytes."""
+    """What came back: any status, the headers, the body as bytes.
+
+    Attributes
+    ----------
+    redact : callable
+        Takes the secrets of its request out of words that are told: a failure may quote it.
+    """
 
     status: int
     headers: Mapping[str, str]
     body: bytes
+    redact: Callable[[str], str] = field(default=str, repr=False, compare=False)
 
     @property
     def is_success(self) -> bool:
@@ -402,8 +407,7 @@ class AiohttpTransport:
         self.most = _files()
         self._url = url
         self._proxy = proxy
-        pairs = ((name.encode(), value.encode()) for name, value in (*headers.items(), *url.query.items()))
-        self._secrets = _secrets(pairs)
+        self._redact = partial(redacted, secrets=secrets_among((*headers.items(), *url.query.items())))
         given = {name.lower() for name in headers}
         self._session = aiohttp.ClientSession(
             # The window is the limit; a second one here would only hide a queue from it.
@@ -428,17 +432,20 @@ class AiohttpTransport:
             elif wrote is not None:
                 wrote()
             async with self._session.post(self._url, data=data, proxy=self._proxy, allow_redirects=False) as response:
-                return Reply(response.status, response.headers, _redacted(await response.read(), self._secrets))
+                return Reply(response.status, response.headers, await response.read(), self._redact)
         except aiohttp.ClientConnectorCertificateError as error:
             raise Unreachable("certificate", str(error.certificate_error)) from error
         except aiohttp.SocketTimeoutError as error:
             raise Unreachable("timeout", f"the client's own timeout passed: {error}") from error
         except (aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError) as error:
-            raise Unreachable("connection", str(error) or type(error).__name__) from error
+            raise Unreachable("connection", self._words_of(error)) from error
         except aiohttp.ConnectionTimeoutError as error:
             raise Unreachable("connection", "no connection in time") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise Lost("connection", str(error) or type(error).__name__) from error
+            raise Lost("connection", self._words_of(error)) from error
+
+    def _words_of(self, error: Exception) -> str:
+        return self._redact(str(error) or type(error).__name__)  # some quote the URL, with a key in its query
 
     async def close(self) -> None:
         """Close the session."""
@@ -599,14 +606,19 @@ def _client_options(extras: Extras) -> dict[str, Any]:
     return options
 
 
-def redacted(words: str, request: Any) -> str:
-    """Give a text without the secrets of a request that was sent."""
-    return _redacted(words.encode("utf-8", "replace"), _secrets_of(request)).decode("utf-8", "replace")
+def redacts(request: Any) -> Callable[[str], str]:
+    """Give what takes the secrets of a request that was sent out of words; a refreshed key is known only from there."""
+    headers = ((name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers.raw)
+    return partial(redacted, secrets=secrets_among((*headers, *parse_qsl(request.url.query.decode("latin-1")))))
 
 
 def _reply(response: Any) -> Reply:
-    secrets = _secrets_of(response.request)
-    return Reply(response.status_code, response.headers, _redacted(response.content, secrets))
+    return Reply(
+        response.status_code,
+        response.headers,
+        response.content,
+        lambda words: redacts(response.request)(words),  # when it is needed: most replies are answers
+    )
 
 
 def _reply_of(error: Exception) -> Reply:
@@ -617,7 +629,7 @@ def _reply_of(error: Exception) -> Reply:
         words = f"{type(error).__name__}: {error}"
         raise EndpointError(f"the client could not send the request: {words}; mend client=") from error
     cause = error.__cause__ or error
-    words = _redacted((str(cause) or type(cause).__name__).encode(), _secrets_of(error.request)).decode()
+    words = redacts(error.request)(str(cause) or type(cause).__name__)
     if "certificate" in words.lower():
         raise Unreachable("certificate", words) from error
     if type(cause).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError"):  # httpx's and httpx2's
@@ -625,29 +637,6 @@ def _reply_of(error: Exception) -> Reply:
     if isinstance(error, openai.APITimeoutError):
         raise Unreachable("timeout", f"the client's own timeout passed: {words}") from error
     raise Lost("connection", words) from error
-
-
-def _secrets_of(request: Any) -> tuple[bytes, ...]:
-    """Choose the secrets of a request that was sent: a key that is refreshed is known only from there."""
-    return _secrets((*request.headers.raw, *parse_qsl(request.url.query)))
-
-
-def _secrets(pairs: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, ...]:
-    """Choose what no message may show from the headers and query parameters of a request."""
-    values = (value.split(b" ", 1)[-1] for name, value in pairs if _names_a_secret(name))  # without "Bearer "
-    return tuple(value for value in values if len(value) >= SECRET_LENGTH)
-
-
-@lru_cache
-def _names_a_secret(name: bytes) -> bool:
-    return SECRET_NAME.search(name) is not None
-
-
-def _redacted(text: bytes, secrets: tuple[bytes, ...]) -> bytes:
-    for secret in secrets:
-        if secret in text:
-            text = text.replace(secret, b"***")
-    return text
 
 
 def _without_secrets(url: str) -> str:

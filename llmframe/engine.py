@@ -382,7 +382,7 @@ class Crew:
             return None, None, failures.of_error(error)
         latency_s = self._loop.time() - job.started
         payload = read_json(reply.body)
-        failure = failures.of_reply(reply.status, reply.headers, reply.body, payload)
+        failure = failures.of_reply(reply.status, reply.headers, reply.body, payload, reply.redact)
         if failure is not None:
             return reply, payload, failure
         request_id = reply.headers.get("x-request-id")
@@ -390,7 +390,7 @@ class Crew:
             payload, number=job.number, latency_s=latency_s, attempts=job.attempts, request_id=request_id
         )
         if completion is None:
-            return reply, payload, failures.of_no_answer(reply.status, reply.body)
+            return reply, payload, failures.of_no_answer(reply.status, reply.body, reply.redact)
         return reply, payload, completion
 
     def _answered(self, job: Job, reply: Reply | None, payload: Any, completion: Completion, now: float) -> None:

@@ -7,7 +7,7 @@ lost connections are tried again), with quota, keys and models told apart from i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ BACKOFF_CAP_S = 30.0  # beyond it a wait only idles: outages have a probe of the
 REPLICA = frozenset({"replica away", "replica lost"})  # kinds that another replica mends at once
 EVENTS = (b"data:", b"event:", b"id:", b"retry:", b": ")  # how a stream of server-sent events begins
 QUOTED = 500  # characters of an endpoint's own words in a message
+READ = 1 << 16  # of them looked at: a secret that is cut in two is not found, so that is far beyond what is quoted
 
 QUOTA_CODES = frozenset(
     {
@@ -119,7 +120,9 @@ def of_error(error: Unreachable) -> Failure:
     return Failure("retry", "connection", f"no reply: {words}")
 
 
-def of_reply(status: int, headers: Mapping[str, str], body: bytes, payload: Any) -> Failure | None:
+def of_reply(
+    status: int, headers: Mapping[str, str], body: bytes, payload: Any, redact: Callable[[str], str] = str
+) -> Failure | None:
     """Judge a reply.
 
     Parameters
@@ -132,6 +135,8 @@ def of_reply(status: int, headers: Mapping[str, str], body: bytes, payload: Any)
         As it came.
     payload : object
         The body read as JSON, None where it is none.
+    redact : callable
+        Takes the request's secrets out of the endpoint's words, which may quote it.
 
     Returns
     -------
@@ -140,28 +145,28 @@ def of_reply(status: int, headers: Mapping[str, str], body: bytes, payload: Any)
     """
     error = error_of(payload)
     if not 200 <= status < 300:
-        failure = _judge(status, error, f"HTTP {status}: {_words(error, payload, body)}")
+        failure = _judge(status, error, f"HTTP {status}: {_words(error, payload, body, redact)}")
         should_retry = headers.get("x-should-retry")
         if failure.verdict != "run" and should_retry in ("true", "false"):
             return replace(failure, verdict="retry" if should_retry == "true" else "row")
         return failure
     if error is not None:  # some gateways put the failure of the server behind them into a 200
-        return _judge(_status_of(error), error, f"error in a 200: {_words(error, payload, body)}")
+        return _judge(_status_of(error), error, f"error in a 200: {_words(error, payload, body, redact)}")
     if (broken := broken_off(payload)) is not None:
         own = min(500, _status_of(broken))  # a 502 of one answer is no outage: it had begun
-        return _judge(own, broken, f"error in an answer: {_words(broken, payload, body)}")
+        return _judge(own, broken, f"error in an answer: {_words(broken, payload, body, redact)}")
     if isinstance(payload, dict):
         return None
-    words = _words(None, payload, body)
+    words = _words(None, payload, body, redact)
     if body.startswith(EVENTS):  # each is paid for, and the next would be no other
         message = f"the endpoint streams its answers, which nobody asked for; turn that off there: {words}"
         return Failure("run", "bad body", message, status)
     return Failure("retry", "bad body", f"HTTP {status} whose body is not the JSON promised: {words}", status)
 
 
-def of_no_answer(status: int, body: bytes) -> Failure:
+def of_no_answer(status: int, body: bytes, redact: Callable[[str], str] = str) -> Failure:
     """Judge a reply that is JSON, but holds no answer: some gateways say in words of their own why (MiniMax)."""
-    words = _words(None, None, body)
+    words = _words(None, None, body, redact)
     return Failure("retry", "bad body", f"the reply holds no answer (no choices): {words}", status)
 
 
@@ -225,14 +230,14 @@ def _codes(error: Any) -> frozenset[str]:
     return frozenset(str(error[name])[:QUOTED] for name in ("code", "type") if isinstance(error.get(name), str | int))
 
 
-def _words(error: Any, payload: Any, body: bytes) -> str:
-    """Find the endpoint's own words, and quote them short and in one line."""
+def _words(error: Any, payload: Any, body: bytes, redact: Callable[[str], str]) -> str:
+    """Find the endpoint's own words, and quote them short, in one line and without secrets."""
     said = error if error else payload
     if isinstance(said, dict):
         said = next((said[name] for name in ("message", "detail") if isinstance(said.get(name), str)), None)
     if not isinstance(said, str) or not said.strip():
-        said = body[: 4 * QUOTED].decode("utf-8", "replace")
-    words = " ".join(well_formed(said[: 4 * QUOTED]).split()) or "an empty body"
+        said = body[:READ].decode("utf-8", "replace")
+    words = well_formed(redact(" ".join(said[:READ].split()))) or "an empty body"
     return words if len(words) <= QUOTED else words[:QUOTED] + "..."
 
 

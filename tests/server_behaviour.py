@@ -216,7 +216,7 @@ def directives_in(text: str) -> Mapping[str, str]:
     ``[[null]]``: a vector of nulls, in a request for embeddings (a wish in any of its texts is one of the request).
     ``[[dimensions=6]]``: vectors of that length, in the same.
     ``[[surrogate]]``: a lone surrogate in the text.
-    ``[[echo_headers]]``: the text is the JSON of the headers received.
+    ``[[echo_headers]]``: the text, or the error's message, is the JSON of the headers received.
     """
     return dict(DIRECTIVE.findall(text)) if "[[" in text else NO_DIRECTIVES
 

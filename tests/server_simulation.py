@@ -491,7 +491,8 @@ class Simulation:
         assert answer is not None
         if fault == "status":
             number, _, code = directives["status"].partition(":")
-            self._fail(exchange, int(number), code or USUAL_CODES.get(int(number)))
+            message = json.dumps(exchange.headers()) if "echo_headers" in directives else None
+            self._fail(exchange, int(number), code or USUAL_CODES.get(int(number)), message)
             return
         if fault in {"429", "500", "503"}:
             self._fail(exchange, int(fault), USUAL_CODES.get(int(fault)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -24,6 +26,7 @@ from llmframe.failures import (
     of_reply,
 )
 from llmframe.messages import well_formed
+from llmframe.redaction import redacted
 from llmframe.replies import read_json
 from tests.server import SimulatedServer
 
@@ -315,6 +318,26 @@ def test_any_reply_is_an_answer_or_a_failure_that_can_be_shown(
         assert failure.verdict in (RUN, ROW, RETRY)
         assert well_formed(failure.message) == failure.message
         assert len(failure.message) < QUOTED + 200
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (400, b'{"error": {"message": "bad header Bearer abc\\/d\\u002befgh"}}'),
+        (400, b'{"headers": {"authorization": "Bearer abc\\/d\\u002befgh"}}'),
+        (200, b'{"error": {"message": "bad header Bearer abc\\/d\\u002befgh"}}'),
+        (200, b"<html>no such page: /v1/chat/completions?key=abc%2Fd%2Befgh</html>"),
+        (502, b"<html>no such page: /v1/chat/completions?key=abc&#x2F;d&#43;efgh</html>"),
+        (400, b" " * 1000 + b"-" * (QUOTED - 4) + b"abc/d+efgh"),
+    ],
+    ids=["escaped", "no message", "in a 200", "URL", "page", "at the cut"],
+)
+def test_the_words_of_a_failure_hold_no_secret_however_the_server_writes_it(status: int, body: bytes) -> None:
+    redact = partial(redacted, secrets=("abc/d+efgh",))
+    failure = of_reply(status, {}, body, read_json(body), redact)
+    assert failure is not None
+    assert "***" in failure.message
+    assert not {"abc", "efgh"} & set(re.split("[^a-z]", failure.message))
 
 
 # ---- no reply

@@ -81,7 +81,7 @@ def test_the_key_is_in_nothing_that_a_run_writes_shows_or_raises(
     monkeypatch.setattr(engine, "FIRST_PATIENCE_S", 1.0)
     given = ways(server)[way]
     told: list[str] = []
-    rows = pd.DataFrame({"text": ["a", "[[echo_headers]]", "[[status=400]]", "[[content=null]]"]})
+    rows = pd.DataFrame({"text": ["a", "[[echo_headers]][[status=400]]", "[[status=400]]", "[[content=null]]"]})
 
     def call(**more: Any) -> None:
         keywords = {"model": "m", "progress": True, "details": True, "checkpoint": tmp_path / "run"} | given | more
@@ -128,7 +128,7 @@ def test_the_key_is_in_nothing_that_the_shell_prints_or_writes(
     monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
     if wrong:
         server.change(require_key="another")
-    pd.DataFrame({"text": ["a", "[[echo_headers]]", "[[status=400]]"]}).to_parquet("in.parquet")
+    pd.DataFrame({"text": ["a", "[[echo_headers]][[status=400]]", "[[status=400]]"]}).to_parquet("in.parquet")
     job = ["run", "in.parquet", "out.parquet", "{text}", "--model", "m"]
     statuses = [main([*job, *more]) for more in (["--dry-run"], ["--json"], [])]
     assert statuses[1:] == ([4, 4] if wrong else [3, 3])
