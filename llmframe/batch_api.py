@@ -250,15 +250,16 @@ class BatchApi:
         except openai.APIStatusError as error:
             raise self._of_status(error) from error
         except openai.APIConnectionError as error:
-            cause = error.__cause__ or error
+            cause = endpoint.cause_of(error)
             words = well_formed(endpoint.redacts(error.request)(str(cause) or type(cause).__name__))
-            reached = type(cause).__name__ not in ("ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError")
-            raise Away(f"no reply from {self._url}: {words}", maybe_done=reached) from error
+            maybe_done = not endpoint.nobody_took(cause)
+            raise Away(f"no reply from {self._url}: {words}", maybe_done=maybe_done) from error
         except openai.OpenAIError as error:
             raise EndpointError(f"the client could not send the request: {error}; mend client=") from error
         except Exception as error:  # a body that ends too early comes as its transport's own error
-            if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "aiohttp"):
-                raise Away(f"the reply from {self._url} broke off: {type(error).__name__}: {error}") from error
+            if endpoint.is_of_http(error):
+                words = endpoint.redacted_of(self._client, Extras(), f"{type(error).__name__}: {error}")
+                raise Away(f"the reply from {self._url} broke off: {words}") from error
             raise
 
     def _of_status(self, error: openai.APIStatusError) -> Exception:

@@ -40,6 +40,9 @@ KEEPALIVE_S = 30.0  # shorter than the idle limits of common servers and proxies
 FILES_SHARE = 0.75  # of the files a process may open, for connections; the rest is for everything else
 POOL = 100  # connections of an HTTP client that does not say how many: httpx's own default
 HEADER_BYTES = 64 << 10  # of one header of a reply: some gateways' cookies are larger than the 8 KB that aiohttp takes
+UNCONNECTED = (aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError, aiohttp.ConnectionTimeoutError)
+UNCONNECTED_NAMES = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError"})  # httpx's and httpx2's
+HTTP = frozenset({"aiohttp", "httpx", "httpx2", "httpcore", "httpcore2"})  # libraries that clients send by
 AUTOMATIC = ("Accept", "Content-Type", "User-Agent")  # what aiohttp adds by itself where the client's owner took it out
 
 
@@ -479,6 +482,7 @@ class SdkTransport:
         self._client = client
         self._path = path
         self._options = _request_options(extras)
+        self._redact = partial(redacted_of, client, extras)
 
     async def send(self, body: bytes, wrote: Wrote | None = None) -> Reply:
         """Send one request; see `Transport`."""
@@ -490,7 +494,7 @@ class SdkTransport:
         try:
             return _reply(await post(self._path, cast_to=httpx2.Response, body=payload, options=self._options))
         except Exception as error:
-            return _reply_of(error)
+            return _reply_of(error, self._redact)
 
     async def close(self) -> None:
         """Close the transport, if it is ours."""
@@ -518,6 +522,7 @@ class ThreadTransport:
         self._client = client
         self._path = path
         self._options = _request_options(extras)
+        self._redact = partial(redacted_of, client, extras)
 
     async def send(self, body: bytes, wrote: Wrote | None = None) -> Reply:
         """Send one request; see `Transport`."""
@@ -552,7 +557,7 @@ class ThreadTransport:
         try:
             return _reply(self._client.post(self._path, cast_to=httpx2.Response, body=payload, options=self._options))
         except Exception as error:
-            return _reply_of(error)
+            return _reply_of(error, self._redact)
 
     async def close(self) -> None:
         """Leave the client as it is: it is the user's."""
@@ -612,6 +617,13 @@ def redacts(request: Any) -> Callable[[str], str]:
     return partial(redacted, secrets=secrets_among((*headers, *parse_qsl(request.url.query.decode("latin-1")))))
 
 
+def redacted_of(client: openai.AsyncOpenAI | openai.OpenAI, extras: Extras, words: str) -> str:
+    """Give words without a client's own secrets, for an error that does not say what was sent."""
+    pairs = (*client.default_headers.items(), *client.default_query.items(), *extras.headers, *extras.query)
+    known = [*((name, str(value)) for name, value in pairs), ("key", str(client.api_key))]
+    return redacted(words, secrets_among(known))
+
+
 def _reply(response: Any) -> Reply:
     return Reply(
         response.status_code,
@@ -621,22 +633,43 @@ def _reply(response: Any) -> Reply:
     )
 
 
-def _reply_of(error: Exception) -> Reply:
+def _reply_of(error: Exception, redact: Callable[[str], str]) -> Reply:
     """Read what the SDK raised: a reply of another status, no reply, or a fault of the user's own client."""
     if isinstance(error, openai.APIStatusError):
         return _reply(error.response)
-    if not isinstance(error, openai.APIConnectionError):
-        words = f"{type(error).__name__}: {error}"
+    if isinstance(error, openai.APIConnectionError):
+        redact = redacts(error.request)
+    elif not is_of_http(error) or type(error).__name__ in ("HTTPStatusError", "InvalidURL"):  # a key provider's
+        words = redact(f"{type(error).__name__}: {error}")
         raise EndpointError(f"the client could not send the request: {words}; mend client=") from error
-    cause = error.__cause__ or error
-    words = redacts(error.request)(str(cause) or type(cause).__name__)
+    cause = cause_of(error)
+    words = redact(str(cause) or type(cause).__name__)
     if "certificate" in words.lower():
         raise Unreachable("certificate", words) from error
-    if type(cause).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError"):  # httpx's and httpx2's
+    if nobody_took(cause):
         raise Unreachable("connection", words) from error
-    if isinstance(error, openai.APITimeoutError):
+    if "Timeout" in type(cause).__name__:
         raise Unreachable("timeout", f"the client's own timeout passed: {words}") from error
     raise Lost("connection", words) from error
+
+
+def is_of_http(error: Exception) -> bool:
+    """Whether an error is an HTTP library's own: the SDK hands on some of them as they are."""
+    return type(error).__module__.partition(".")[0] in HTTP
+
+
+def cause_of(error: Exception) -> BaseException:
+    """Give what became of a request that got no reply.
+
+    The SDK's aiohttp transport calls a lost connection a ConnectTimeout; aiohttp's own error is the cause of that.
+    """
+    cause = error if is_of_http(error) else error.__cause__ or error
+    return cause.__cause__ if isinstance(cause.__cause__, aiohttp.ClientError) else cause
+
+
+def nobody_took(cause: BaseException) -> bool:
+    """Whether a request failed before there was a connection that could take it."""
+    return isinstance(cause, UNCONNECTED) or type(cause).__name__ in UNCONNECTED_NAMES
 
 
 def _without_secrets(url: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -17,7 +18,9 @@ import pytest
 from pydantic import BaseModel
 
 from llmframe import BatchJob, batch_work
+from llmframe.batch_api import Away, BatchApi
 from llmframe.batch_ledger import Part, Place
+from llmframe.endpoint import Extras, resolve
 from llmframe.errors import BudgetExceeded, ConfigurationError, EndpointError, LLMFrameWarning
 from tests.server_batch import BatchBehaviour, BatchServer, Trap
 
@@ -400,6 +403,22 @@ def test_a_reply_that_is_lost_submits_nothing_twice(
     assert submit(server, frame, tmp_path).wait().counts == {"ok": 10}
     assert paid_for(server, frame) == [1] * 9
     assert server.files() == []
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_batch_that_was_perhaps_made_is_told_from_one_that_nobody_was_asked_for(
+    server: BatchServer, reached: bool
+) -> None:
+    async def create() -> None:
+        own = openai.DefaultAioHttpClient()  # calls both a ConnectTimeout or ConnectError
+        url = server.base_url if reached else "http://127.0.0.1:9/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="any", http_client=own) as client:
+            await BatchApi(resolve(client=client), Extras()).create("file", "/v1/chat/completions", {})
+
+    server.trap(Trap("POST /v1/batches", 1, "before"))
+    with pytest.raises(Away) as caught:
+        asyncio.run(create())
+    assert caught.value.maybe_done == reached
 
 
 def test_the_servers_death_loses_nothing(server: BatchServer, frame: pd.DataFrame, tmp_path: Path) -> None:

@@ -224,19 +224,9 @@ def test_a_redirect_to_another_host_is_not_followed(server: SimulatedServer, way
     assert {request.headers["host"] for request in server.requests()} == {f"127.0.0.1:{server.port}"}
 
 
-def test_a_refused_connection_is_told_from_a_lost_one(server: SimulatedServer, way: str) -> None:
-    with pytest.raises(Unreachable) as refused:
-        send(CLIENTS[way]("http://127.0.0.1:9/v1"))
-    assert not isinstance(refused.value, Lost)
-    assert refused.value.kind == "connection"
-    for fault in ("reset", "truncated_body"):
-        server.reset(**{f"p_{fault}": 1.0})
-        with pytest.raises(Lost):
-            send(CLIENTS[way](server.base_url))
-
-
+@pytest.mark.parametrize("way", [*CLIENTS, *OF_THE_SDK])
 def test_a_clients_own_timeout_holds(server: SimulatedServer, way: str) -> None:
-    client = CLIENTS[way](server.base_url).with_options(timeout=0.2)
+    client = (CLIENTS | OF_THE_SDK)[way](server.base_url).with_options(timeout=0.2)
     with pytest.raises(Unreachable) as caught:
         send(client, body_of("[[hang_first=9]]"))
     assert caught.value.kind == "timeout"
@@ -280,6 +270,34 @@ async def answer_raw(way: str, answer: bytes, extras: Extras = NO_EXTRAS) -> Rep
                 await client.close()
             else:
                 client.close()
+
+
+@pytest.mark.parametrize("way", [*CLIENTS, *OF_THE_SDK])
+def test_a_refused_connection_is_told_from_a_lost_one(server: SimulatedServer, way: str) -> None:
+    with pytest.raises(Unreachable) as refused:
+        send((CLIENTS | OF_THE_SDK)[way]("http://127.0.0.1:9/v1"))
+    assert not isinstance(refused.value, Lost)
+    assert refused.value.kind == "connection"
+    for fault in ("reset", "truncated_body"):
+        server.reset(**{f"p_{fault}": 1.0})
+        with pytest.raises(Lost):
+            send((CLIENTS | OF_THE_SDK)[way](server.base_url))
+
+
+@pytest.mark.parametrize("way", [*CLIENTS, *OF_THE_SDK])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"NOT HTTP AT ALL\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 20\r\n\r\n{",
+    ],
+    ids=["closed", "no HTTP", "two lengths", "cut"],
+)
+def test_a_reply_that_is_none_is_a_connection_lost_and_no_fault_of_the_clients(way: str, answer: bytes) -> None:
+    with pytest.raises(Lost):
+        asyncio.run(answer_raw(way, answer))
 
 
 def test_what_a_transport_says_of_a_failure_holds_no_key_of_the_url() -> None:
@@ -360,6 +378,27 @@ def test_a_key_provider_that_fails_is_an_error_of_the_endpoint(kind: Any) -> Non
     client = kind(api_key=broken if kind is openai.OpenAI else broken_too, base_url="http://127.0.0.1:9/v1")
     with pytest.raises(EndpointError, match=r"OSError: the vault is closed; mend client="):
         send(client)
+
+
+def test_what_a_key_provider_was_told_of_its_own_key_is_an_error_of_the_endpoint(server: SimulatedServer) -> None:
+    server.reset(status_all=403)
+
+    def broken() -> str:
+        httpx2.get(server.base_url).raise_for_status()
+        raise AssertionError
+
+    with pytest.raises(EndpointError, match=r"(?s)HTTPStatusError: .*403.*; mend client="):
+        send(openai.OpenAI(api_key=broken, base_url="http://127.0.0.1:9/v1"))
+
+
+def test_what_is_said_of_a_client_that_cannot_send_holds_none_of_its_keys() -> None:
+    def broken() -> str:
+        raise OSError(f"no token for {KEY} another-secret abc%2Fd%2Befgh")
+
+    client = openai.OpenAI(api_key=broken, base_url="http://127.0.0.1:9/v1", default_headers={"x-api-key": KEY})
+    extras = Extras((("x-token", "another-secret"),), (("key", "abc/d+efgh"),))
+    with pytest.raises(EndpointError, match=r"no token for \*\*\* \*\*\* \*\*\*; mend"):
+        send(client, extras=extras)
 
 
 def test_azure_sends_to_the_deployment_with_its_key(server: SimulatedServer) -> None:
