@@ -207,7 +207,7 @@ def resolve(
         return Endpoint(local.identity(), served.url, served.key, served.open)
     if base_url is not None:
         check_url(base_url)
-    if api_key is None and not os.environ.get("OPENAI_API_KEY"):
+    if api_key == "" or (api_key is None and not os.environ.get("OPENAI_API_KEY")):
         raise ConfigurationError(
             "no API key: set the environment variable OPENAI_API_KEY, or pass api_key= "
             '(any text will do for a server that asks for none); model="local" needs none'
@@ -251,7 +251,7 @@ def is_open(url: str) -> bool:
 def _client(base_url: str | None, api_key: Any) -> openai.AsyncOpenAI:
     try:
         return openai.AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0)
-    except (ImportError, OSError, ValueError) as error:  # it reads the environment, which may say anything
+    except (ImportError, OSError, ValueError, openai.OpenAIError) as error:  # it reads the environment, which may say anything
         raise ConfigurationError(
             f"the openai client cannot be made: {error}; look at SSL_CERT_FILE, SSL_CERT_DIR and the proxy variables "
             "of the environment"

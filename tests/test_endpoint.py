@@ -680,6 +680,12 @@ def test_without_a_key_the_variable_and_the_local_model_are_named(monkeypatch: p
         resolve()
 
 
+def test_an_empty_key_is_none_and_the_variable_does_not_take_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with pytest.raises(ConfigurationError, match="no API key: set the environment variable OPENAI_API_KEY, or pass"):
+        resolve(base_url="http://127.0.0.1:9/v1", api_key="")
+
+
 @pytest.mark.parametrize("base_url", ["localhost:8000/v1", "", "ftp://host/v1", "http://", 8000])
 def test_what_is_no_url_is_refused(base_url: Any) -> None:
     with pytest.raises(ConfigurationError, match="is no URL; write it as in 'http://localhost:8000/v1'"):
