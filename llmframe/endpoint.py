@@ -57,12 +57,15 @@ class Reply:
     ----------
     redact : callable
         Takes the secrets of its request out of words that are told: a failure may quote it.
+    url : str
+        Who replied, where the endpoint has several URLs.
     """
 
     status: int
     headers: Mapping[str, str]
     body: bytes
     redact: Callable[[str], str] = field(default=str, repr=False, compare=False)
+    url: str = ""
 
     @property
     def is_success(self) -> bool:
@@ -251,7 +254,7 @@ def is_open(url: str) -> bool:
 def _client(base_url: str | None, api_key: Any) -> openai.AsyncOpenAI:
     try:
         return openai.AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0)
-    except (ImportError, OSError, ValueError, openai.OpenAIError) as error:  # it reads the environment, which may say anything
+    except (ImportError, OSError, ValueError, openai.OpenAIError) as error:  # of the environment, as a rule
         raise ConfigurationError(
             f"the openai client cannot be made: {error}; look at SSL_CERT_FILE, SSL_CERT_DIR and the proxy variables "
             "of the environment"

@@ -146,6 +146,8 @@ class Job:
         The last of them, with what all of them cost.
     most : Cost or None
         What the budget has set aside for the attempt.
+    url : str
+        Who replied last, where the endpoint has several URLs.
     """
 
     number: int
@@ -163,6 +165,7 @@ class Job:
     repairs: int = 0
     unfit: Completion | None = None
     most: Cost | None = None
+    url: str = ""
 
 
 class Crew:
@@ -381,6 +384,7 @@ class Crew:
         except Unreachable as error:
             return None, None, failures.of_error(error)
         latency_s = self._loop.time() - job.started
+        job.url = reply.url
         payload = read_json(reply.body)
         failure = failures.of_reply(reply.status, reply.headers, reply.body, payload, reply.redact)
         if failure is not None:
@@ -472,7 +476,7 @@ class Crew:
     def _settle(self, job: Job, failure: Failure, asked_s: float | None, now: float) -> float | None:
         """Stop the run, give up the row, or give the seconds to wait for its next attempt."""
         if failure.verdict == "run":
-            self._stop(EndpointError(f"{failure.message}; sent to {self._endpoint.url}"))
+            self._stop(EndpointError(f"{failure.message}; sent to {job.url or self._endpoint.url}"))
             return None
         if failure.verdict == "row":
             self._refused_since = None
@@ -495,7 +499,7 @@ class Crew:
             self._stop(
                 EndpointError(
                     f"the endpoint asks to come back at {until}, in {asked_s:,.0f} s, and llmframe waits no longer "
-                    f"than {PATIENCE_S:.0f} s: {failure.message}; sent to {self._endpoint.url}"
+                    f"than {PATIENCE_S:.0f} s: {failure.message}; sent to {job.url or self._endpoint.url}"
                 )
             )
             return None
@@ -574,7 +578,8 @@ class Crew:
         elif len(first) == ALIKE:
             self._stop(
                 EndpointError(
-                    f"the first {ALIKE} rows were all refused: {failure.message}; sent to {self._endpoint.url}"
+                    f"the first {ALIKE} rows were all refused: {failure.message}; "
+                    f"sent to {job.url or self._endpoint.url}"
                 )
             )
 

@@ -14,13 +14,15 @@ from typing import Any, Literal
 from llmframe import endpoint
 from llmframe.endpoint import Endpoint, Lost, ReplicaDown, Reply, Transport, Wrote
 from llmframe.errors import ConfigurationError
-from llmframe.failures import Unreachable
+from llmframe.failures import EVENTS, Unreachable
 from llmframe.outages import LATER_S, PROBE_LATER_S, PROBE_S, SUSPECT
 from llmframe.requests import identity
 from llmframe.timeouts import FLOOR_S
 
 Sign = Literal["alive", "sick", "away", ""]
-"""What became of a request: any answer below 500; a fault that chance may make; nobody there; nothing learned."""
+"""What became of a request: an answer; a fault that chance may make; nobody there; nothing learned."""
+
+STRANGE = frozenset({401, 403, 404, 405})  # statuses of one with another key or model than the rest, or of no server
 
 
 @dataclass(slots=True)
@@ -136,7 +138,7 @@ class ReplicaTransport:
         Raises
         ------
         ReplicaDown
-            This replica gave no reply, and another is up.
+            This replica gave no reply, or one that no healthy replica would, and another is up.
         """
         loop = asyncio.get_running_loop()
         sent = loop.time()
@@ -154,8 +156,12 @@ class ReplicaTransport:
             now = loop.time()
             self._end(place, sent, now, "sick" if now - sent >= FLOOR_S else "")
             raise
-        self._end(place, sent, loop.time(), "sick" if reply.status >= 500 else "alive")
-        return reply
+        strange = reply.status in STRANGE or (reply.is_success and not _may_be_json(reply.body))
+        self._end(place, sent, loop.time(), "sick" if strange or reply.status >= 500 else "alive")
+        url = self._urls[place]
+        if strange and self._rota.others_up(place):
+            raise ReplicaDown(f"HTTP {reply.status} and no answer from {url}", taken=reply.is_success)
+        return Reply(reply.status, reply.headers, reply.body, reply.redact, url)
 
     def _end(self, place: int, sent: float, now: float, sign: Sign) -> None:
         change = self._rota.give_back(place, sent, now, sign)
@@ -166,6 +172,11 @@ class ReplicaTransport:
         """Let go of the connections to all of them."""
         for transport in self._transports:
             await transport.close()
+
+
+def _may_be_json(body: bytes) -> bool:
+    # A stream is none, and is every replica's: they are set up alike, and each is paid for.
+    return body.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", *EVENTS))
 
 
 def resolve(*, base_url: str | Sequence[str] | None = None, **keywords: Any) -> Endpoint:

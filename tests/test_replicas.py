@@ -178,6 +178,24 @@ def test_a_replica_that_answers_everything_with_503_gets_hardly_a_request(server
     assert servers[1].stats().received <= 40  # those of the first moment, and probes
 
 
+@pytest.mark.parametrize("fault", [{"status_all": 401}, {"status_all": 404}, {"p_html": 1.0}], ids=str)
+def test_a_replica_that_is_set_up_otherwise_than_the_rest_costs_no_row(
+    servers: list[SimulatedServer], fault: dict[str, Any]
+) -> None:
+    servers[1].change(latency_s=0.0, **fault)  # a quick fault would draw all rows
+    out = ask(servers, 300)
+    assert (out["response_status"] == "ok").all()
+    assert servers[1].stats().received <= 40  # those of the first moment, and probes
+
+
+def test_a_refusal_by_every_replica_is_the_endpoints_and_names_one_that_refused(servers: list[SimulatedServer]) -> None:
+    servers[0].stop()
+    servers[1].change(status_all=404)
+    with pytest.raises(EndpointError, match=f"HTTP 404: .*; sent to {servers[1].base_url}/chat/completions"):
+        ask(servers[:2], 50)
+    assert servers[1].stats().received <= 40
+
+
 def test_replicas_that_are_all_away_are_the_endpoints_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmframe.engine.FIRST_PATIENCE_S", 1.0)
     nobody = [f"http://127.0.0.1:{port}/v1" for port in (1, 7, 9)]
