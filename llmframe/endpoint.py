@@ -117,7 +117,7 @@ class Transport(Protocol):
         Unreachable
             No reply came.
         EndpointError
-            The user's own client could not send at all.
+            The user's own client could not send at all, or no answer can be read.
         """
         ...
 
@@ -448,6 +448,12 @@ class AiohttpTransport:
         except aiohttp.ConnectionTimeoutError as error:
             raise Unreachable("connection", "no connection in time") from error
         except (aiohttp.ClientError, OSError) as error:
+            if isinstance(error, aiohttp.ClientResponseError) and "content-encoding" in error.message:
+                # Each is paid for, and the next would be no other.
+                raise EndpointError(
+                    f"the endpoint compresses its answers as nobody asked for: {error.message}; turn that off there, "
+                    f"or install what is missing; sent to {_without_secrets(str(self._url))}"
+                ) from None  # aiohttp's own quotes the URL, with a key in its query
             raise Lost("connection", self._words_of(error)) from error
 
     def _words_of(self, error: Exception) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import traceback
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +300,15 @@ def test_a_refused_connection_is_told_from_a_lost_one(server: SimulatedServer, w
 def test_a_reply_that_is_none_is_a_connection_lost_and_no_fault_of_the_clients(way: str, answer: bytes) -> None:
     with pytest.raises(Lost):
         asyncio.run(answer_raw(way, answer))
+
+
+@pytest.mark.skipif(any(map(find_spec, ("brotli", "brotlicffi"))), reason="it can be read here")
+def test_an_answer_in_a_coding_that_cannot_be_read_ends_the_run_at_the_first() -> None:
+    answer = b"HTTP/1.1 200 OK\r\ncontent-encoding: br\r\ncontent-length: 2\r\n\r\n{}"
+    extras = Extras((), (("key", "abc/d+efgh"),))
+    with pytest.raises(EndpointError, match=r"compresses its answers as nobody asked for.*Brotli.*; sent to") as caught:
+        asyncio.run(answer_raw("plain", answer, extras))
+    assert "efgh" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_what_a_transport_says_of_a_failure_holds_no_key_of_the_url() -> None:
