@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from llmframe import endpoint, replicas, runner
+from llmframe import replicas, runner
 from llmframe.batch_ledger import Terms
 from llmframe.endpoint import Endpoint
 from llmframe.errors import ConfigurationError
@@ -18,6 +18,7 @@ from llmframe.options import Options
 from llmframe.prices import PriceOf, known_prices, read_prices
 from llmframe.requests import canonical
 from llmframe.schemas import Labels, Schema, read_schema
+from llmframe.transports import Extras
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Access:
     poll_s: float
 
     @property
-    def extras(self) -> endpoint.Extras:
+    def extras(self) -> Extras:
         """What the call adds to every request."""
         return runner.split_extras(self.options.params)[1]
 

@@ -16,11 +16,12 @@ from typing import IO, Any, TypeVar
 
 import openai
 
-from llmframe import endpoint, failures, loops
-from llmframe.endpoint import Endpoint, Extras
+from llmframe import endpoint, failures, loops, transports
+from llmframe.endpoint import Endpoint
 from llmframe.errors import EndpointError
 from llmframe.limits import retry_after_s
 from llmframe.messages import well_formed
+from llmframe.transports import Extras
 
 T = TypeVar("T")
 
@@ -250,22 +251,22 @@ class BatchApi:
         except openai.APIStatusError as error:
             raise self._of_status(error) from error
         except openai.APIConnectionError as error:
-            cause = endpoint.cause_of(error)
-            words = well_formed(endpoint.redacts(error.request)(str(cause) or type(cause).__name__))
-            maybe_done = not endpoint.nobody_took(cause)
+            cause = transports.cause_of(error)
+            words = well_formed(transports.redacts(error.request)(str(cause) or type(cause).__name__))
+            maybe_done = not transports.nobody_took(cause)
             raise Away(f"no reply from {self._url}: {words}", maybe_done=maybe_done) from error
         except openai.OpenAIError as error:
             raise EndpointError(f"the client could not send the request: {error}; mend client=") from error
         except Exception as error:  # a body that ends too early comes as its transport's own error
-            if endpoint.is_of_http(error):
-                words = endpoint.redacted_of(self._client, Extras(), f"{type(error).__name__}: {error}")
+            if transports.is_of_http(error):
+                words = transports.redacted_of(self._client, Extras(), f"{type(error).__name__}: {error}")
                 raise Away(f"the reply from {self._url} broke off: {words}") from error
             raise
 
     def _of_status(self, error: openai.APIStatusError) -> Exception:
         response = error.response
         status = int(response.status_code)
-        redact = endpoint.redacts(response.request)
+        redact = transports.redacts(response.request)
         failure = failures.of_reply(status, response.headers, response.content, _payload(error.body), redact)
         words, code = "" if failure is None else failure.message, redact(str(error.code or ""))
         if failure is None or "token_limit" in f"{code} {words}" or status in (404, 405):

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from llmframe import failures
 from llmframe.budget import Budget, Cost
-from llmframe.endpoint import CONNECT_S, Endpoint, Lost, ReplicaDown, Reply, Wrote
+from llmframe.endpoint import CONNECT_S, Endpoint
 from llmframe.errors import BudgetExceeded, EndpointError
 from llmframe.failures import Failure, Unreachable
 from llmframe.limits import rate_headers, retry_after_s
@@ -27,6 +27,7 @@ from llmframe.replies import read_json, read_usage
 from llmframe.requests import Form, text_bytes
 from llmframe.results import Completion, Usage, after
 from llmframe.timeouts import Timeout
+from llmframe.transports import Lost, ReplicaDown, Reply, Wrote
 
 FIRST_PATIENCE_S = 12.0  # nobody is there: most likely the address is wrong, and the user sits waiting
 PATIENCE_S = 600.0  # an endpoint that is there comes back: it loads its model, is deployed anew, or restarts

@@ -11,9 +11,10 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import replace
 
-from llmframe.endpoint import Endpoint, Transport
+from llmframe.endpoint import Endpoint
 from llmframe.pacing import Caps, Pacer
 from llmframe.replicas import ReplicaTransport
+from llmframe.transports import Transport
 
 TICK_S = 0.1  # how often the pacer looks at the whole, and timeouts and patience are checked
 KEPT = 8  # idle lines kept open a loop, so that the next cell finds its connections and learned limits

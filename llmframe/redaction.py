@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterable
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 # Whole words of a name, since many hold the letters of one by chance: x-portkey-provider, X-Design, X-Author.
 SECRET_NAME = re.compile(
@@ -50,6 +50,12 @@ def redacted(words: str, secrets: tuple[str, ...]) -> str:
     for secret in hidden:
         plain = plain.replace(secret, "***")
     return plain if hidden else words
+
+
+def without_secrets(url: str) -> str:
+    """Give a URL without its user, password and query."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def _unescaped(text: str) -> str:

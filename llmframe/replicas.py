@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from llmframe import endpoint
-from llmframe.endpoint import Endpoint, Lost, ReplicaDown, Reply, Transport, Wrote
+from llmframe.endpoint import Endpoint
 from llmframe.errors import ConfigurationError
 from llmframe.failures import EVENTS, Unreachable
 from llmframe.outages import LATER_S, PROBE_LATER_S, PROBE_S, SUSPECT
 from llmframe.requests import identity
 from llmframe.timeouts import FLOOR_S
+from llmframe.transports import Lost, ReplicaDown, Reply, Transport, Wrote
 
 Sign = Literal["alive", "sick", "away", ""]
 """What became of a request: an answer; a fault that chance may make; nobody there; nothing learned."""

@@ -23,7 +23,7 @@ from llmframe.asking import Accepted, Asking
 from llmframe.budget import Bound, Budget, most_completion_tokens
 from llmframe.checkpoint import OTHER_ROWS, Checkpoint, Origin
 from llmframe.embedding import Embedding
-from llmframe.endpoint import Endpoint, Extras
+from llmframe.endpoint import Endpoint
 from llmframe.engine import Ask, Crew, Policy, Read
 from llmframe.errors import CheckpointError, ConfigurationError, Interrupted, LLMFrameError, RowFailed
 from llmframe.index import Index
@@ -44,6 +44,7 @@ from llmframe.results import PAID, Completion, Usage, property_column
 from llmframe.schemas import Schema, Unfit, read_schema
 from llmframe.state import State
 from llmframe.texts import Texts
+from llmframe.transports import Extras
 
 LOCAL = "local"  # the model= that means the embedded one
 WORTH_SAVING = 200  # rows; a run of more without a checkpoint says what one would save

@@ -20,8 +20,9 @@ from pydantic import BaseModel
 from llmframe import BatchJob, batch_work
 from llmframe.batch_api import Away, BatchApi
 from llmframe.batch_ledger import Part, Place
-from llmframe.endpoint import Extras, resolve
+from llmframe.endpoint import resolve
 from llmframe.errors import BudgetExceeded, ConfigurationError, EndpointError, LLMFrameWarning
+from llmframe.transports import Extras
 from tests.server_batch import BatchBehaviour, BatchServer, Trap
 
 POLL_S = 0.02

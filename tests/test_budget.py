@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 import llmframe
 from llmframe import failures
 from llmframe.budget import PART_TOKENS, TEMPLATE_TOKENS, Bound, Budget, Cost, most_completion_tokens
-from llmframe.endpoint import Reply
 from llmframe.engine import _paid
 from llmframe.errors import BudgetExceeded, ConfigurationError
 from llmframe.prices import Prices, read_prices
 from llmframe.results import Usage
 from llmframe.tokens import counter_for
+from llmframe.transports import Reply
 from tests.server import SimulatedServer
 
 PRICES = {"input": 10.0, "output": 40.0, "cached": 5.0}

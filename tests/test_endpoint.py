@@ -16,20 +16,10 @@ import openai
 import orjson
 import pytest
 
-from llmframe.endpoint import (
-    AiohttpTransport,
-    Endpoint,
-    Extras,
-    Lost,
-    Reply,
-    SdkTransport,
-    ThreadTransport,
-    Transport,
-    is_plain,
-    resolve,
-)
+from llmframe.endpoint import Endpoint, is_plain, resolve
 from llmframe.errors import ConfigurationError, EndpointError
 from llmframe.failures import Unreachable
+from llmframe.transports import AiohttpTransport, Extras, Lost, Reply, SdkTransport, ThreadTransport, Transport
 from tests.server import ReceivedRequest, SimulatedServer
 
 KEY = "sk-a-key-of-no-worth"

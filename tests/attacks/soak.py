@@ -36,7 +36,7 @@ from pydantic import BaseModel
 
 import llmframe
 from llmframe import loops
-from llmframe.endpoint import KEEPALIVE_S
+from llmframe.transports import KEEPALIVE_S
 from tests.attacks.load import files_in, resident_mb
 from tests.server import SimulatedServer
 from tests.server_behaviour import FAULTS
