@@ -25,7 +25,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import to_jsonable_python
 from pydantic_core.core_schema import DecimalSchema
 
-from llmframe.errors import SchemaError
+from llmframe.errors import LLMFrameError, SchemaError
 from llmframe.messages import well_formed
 from llmframe.repair import QUOTED, Unfit, read_answer
 from llmframe.results import text_dtype
@@ -86,7 +86,7 @@ class Objects:
         try:
             parsed = self.validate(found)
             self.cells(parsed)  # what fits no column fits no answer
-        except Unfit:
+        except (Unfit, LLMFrameError):  # ours: a validator that calls llmframe is told so, and no row is asked again
             raise
         except Exception as error:  # a validator or a serializer of the user's own may raise anything, or make anything
             raise Unfit(well_formed(f"the answer does not fit: {type(error).__name__}: {error}"[:LONGEST])) from error

@@ -24,10 +24,12 @@ from typing import Any
 import httpx2
 import openai
 import pandas as pd
+import pydantic
 import pytest
 
 import llmframe
 from llmframe import engine, loops
+from llmframe.errors import ConfigurationError
 from llmframe.lines import KEPT
 from tests import turns
 from tests.server import SimulatedServer
@@ -141,6 +143,21 @@ def test_more_calls_at_once_than_lines_are_kept_get_their_answers(server: Simula
         return await asyncio.gather(*calls)
 
     assert [out["response"].tolist() for out in asyncio.run(main())] == [answers(2)] * 3 * KEPT
+
+
+class Judged(pydantic.BaseModel):
+    text: str
+
+    @pydantic.field_validator("text")
+    @classmethod
+    def judge(cls, text: str) -> str:
+        question = [{"role": "user", "content": f"Is it good? {text}"}]
+        return str(llmframe.complete([question], model="m", base_url="http://127.0.0.1:9/v1")[0].text)
+
+
+def test_a_call_from_inside_a_run_is_refused_where_it_would_wait_for_itself(server: SimulatedServer) -> None:
+    with pytest.raises(ConfigurationError, match="from inside a run"):
+        frame(1, '[[say={"text": "x"}]] row').llm.complete("{text}", model="m", base_url=server.base_url, schema=Judged)
 
 
 def _in_a_child(url: str, answers: Any) -> None:
