@@ -24,10 +24,10 @@ from llmframe.batch_api import Away, BatchApi, Refused
 from llmframe.batch_intake import ANSWERS, check_call, plan_job
 from llmframe.batch_ledger import Busy, Ledger, Left, Place
 from llmframe.batch_plan import FileLimits, key_of
-from llmframe.batch_replies import read_embedding
 from llmframe.batch_rows import Rows, digest_of, load_rows
 from llmframe.batch_work import Keeper, Worker, slower, write_parts
 from llmframe.checkpoint import Checkpoint, Origin
+from llmframe.embedding import read_embedding
 from llmframe.endpoint import Endpoint
 from llmframe.errors import ConfigurationError, EndpointError, Interrupted, LLMFrameError
 from llmframe.notices import say, warn
@@ -436,7 +436,7 @@ class BatchJob:
 
         def read(payload: Any, request_id: str | None) -> Completion | None:
             if terms.api == "embeddings":
-                return read_embedding(payload, price, request_id)
+                return read_embedding(payload, 1, price=price, latency_s=None, attempts=1, request_id=request_id)
             return answers.read_reply(
                 payload,
                 api=terms.api,  # type: ignore[arg-type]

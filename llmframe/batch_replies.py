@@ -17,11 +17,10 @@ import orjson
 from llmframe import failures
 from llmframe.batch_ledger import Left
 from llmframe.messages import well_formed
-from llmframe.prices import PriceOf
-from llmframe.replies import item, read_usage
+from llmframe.replies import item
 from llmframe.requests import KEY_BYTES, packed
 from llmframe.results import Completion
-from llmframe.vectors import Embeddings, read_vectors
+from llmframe.vectors import Embeddings
 
 QUOTED = 300  # characters of the provider's own words
 NOT_EXECUTED = ("batch_expired", "batch_cancelled", "batch_canceled")
@@ -74,24 +73,6 @@ def read_line(line: bytes, read: Read) -> Answered | Left | None:
             return Answered(key, completion)
         failure = failures.of_no_answer(status, body)
     return Left(key, failure.status, failure.message, again=failure.verdict != "row")
-
-
-def read_embedding(payload: Any, price: PriceOf | None, request_id: str | None) -> Completion | None:
-    """Read a reply with the vector of one text; None where there is none."""
-    vectors = read_vectors(payload, 1)
-    if vectors is None:
-        return None
-    usage, model = read_usage(payload), item(payload, "model")
-    return Completion(
-        status="ok",
-        parsed=vectors,
-        prompt_tokens=usage.prompt_tokens if usage else None,
-        cost_usd=price(usage) if price and usage else None,
-        attempts=1,
-        model=well_formed(model) if isinstance(model, str) else None,
-        source="request",
-        request_id=None if request_id is None else well_formed(request_id),
-    )
 
 
 def stacked(found: Sequence[Answered]) -> tuple[npt.NDArray[np.void], Embeddings]:

@@ -38,6 +38,27 @@ OTHERS_A_TOKEN = 2.0  # bytes of UTF-8
 _TRANSPORT = re.compile(r"encoding[_ ]?format|base64", re.I)
 
 
+def read_embedding(
+    payload: Any, texts: int, *, price: PriceOf | None, latency_s: float | None, attempts: int, request_id: str | None
+) -> Completion | None:
+    """Read a reply with the vectors of so many texts; None where they are not all there."""
+    vectors = read_vectors(payload, texts)
+    if vectors is None:
+        return None
+    usage, model = read_usage(payload), item(payload, "model")
+    return Completion(
+        status="ok",
+        parsed=vectors,
+        prompt_tokens=usage.prompt_tokens if usage else None,
+        cost_usd=price(usage) if price and usage else None,
+        latency_s=latency_s,
+        attempts=attempts,
+        model=well_formed(model) if isinstance(model, str) else None,
+        source="request",
+        request_id=None if request_id is None else well_formed(request_id),
+    )
+
+
 @dataclass(slots=True, eq=False)
 class _Split:
     """A request that was sent again in two halves; if neither is refused, it was too large, and no text was bad."""
@@ -132,21 +153,9 @@ class Embedding:
         self, payload: Any, *, number: int, latency_s: float, attempts: int, request_id: str | None
     ) -> Completion | None:
         """Read a reply: the vectors of its texts; None where they are not all there."""
-        vectors = read_vectors(payload, len(self._chunks[number].numbers))
-        if vectors is None:
-            return None
-        usage = read_usage(payload)
-        model = item(payload, "model")
-        return Completion(
-            status="ok",
-            parsed=vectors,
-            prompt_tokens=usage.prompt_tokens if usage else None,
-            cost_usd=self._price(usage) if self._price and usage else None,
-            latency_s=latency_s,
-            attempts=attempts,
-            model=well_formed(model) if isinstance(model, str) else None,
-            source="request",
-            request_id=None if request_id is None else well_formed(request_id),
+        texts = len(self._chunks[number].numbers)
+        return read_embedding(
+            payload, texts, price=self._price, latency_s=latency_s, attempts=attempts, request_id=request_id
         )
 
     def taken(self, number: int, completion: Completion) -> tuple[npt.NDArray[np.intp], Embeddings | None]:

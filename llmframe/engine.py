@@ -42,6 +42,7 @@ MAYBE_BILLED = frozenset({408, 502, 504, 520, 524})
 521 to 523 say that it was not reached, and a 500 or 503 is its own: nobody bills for those.
 """
 REFUSALS_A_STRIKE = 3  # of one row, while others are answered: bad luck with a limit, until it has lasted too long
+LATELY = 32  # attempts: where most of so many failed and some were answered, there is no room for more in flight
 STRIKES_TOGETHER = 3  # failures of a request of several rows before it is sent in parts: it may be one of them
 BYTES_A_TOKEN = 4  # of English; the pacer learns how far that is off
 EXPECTED_TOKENS = 64  # reserved for an answer, until the pacer has learned what requests really take
@@ -227,6 +228,7 @@ class Crew:
         self._began = self._loop.time()
         self._unreached_since: float | None = None
         self._refused_since: float | None = None  # the first 429 with no answer after it
+        self._lately: deque[bool] = deque(maxlen=LATELY)  # whether each was answered
         self._there = False  # a server has refused a request itself
         self._asked_s = 0.0  # the longest wait that was asked for
         self._trouble = "none yet"  # the last failure, for the message when patience runs out
@@ -404,6 +406,7 @@ class Crew:
             used = completion.prompt_tokens + (completion.completion_tokens or 0)
         self._line.answered = True
         self._refused_since = None
+        self._lately.append(True)
         latency_s = now - job.started
         self._line.pacer.answered(
             now,
@@ -439,6 +442,7 @@ class Crew:
         self._tally.failures[failure.kind] += 1
         self._tally.maybe_billed += _may_be_billed(reply, failure)
         self._trouble = failure.message
+        self._lately.append(False)
         asked_s = self._tell_pacer(job, reply, failure, now)
         self._there |= (failure.http or 0) >= 400 and failure.http not in NOT_THERE
         self._asked_s = max(self._asked_s, asked_s or 0.0)
@@ -535,7 +539,9 @@ class Crew:
         """Whether a failure may be the row's own, and not the endpoint's or its other users'."""
         if failure.kind in ("connection", "replica away"):
             return False  # nobody took the request, and patience decides how long that may last
-        if failure.kind == "rate limit":
+        # Some servers say with a 500, a 503 or a reset that all their slots are taken.
+        crowded = len(self._lately) == LATELY and self._lately.count(True) < LATELY / 2
+        if failure.kind == "rate limit" or crowded:
             job.refusals += 1
             before, job.answered_before = job.answered_before, self._tally.answered
             if self._tally.answered > before:  # the limit is shared, and this row's turn should come

@@ -299,6 +299,12 @@ def test_a_refusal_weighs_less_while_others_are_answered(server: SimulatedServer
     assert ran.outcomes[0].attempts > 2
 
 
+def test_a_row_that_meets_full_slots_weighs_that_less_while_others_are_answered(server: SimulatedServer) -> None:
+    server.reset(p_503=0.5, p_reset=0.3)  # two of three attempts: ten strikes in a row are not rare
+    ran = ask(server, rows(300), Policy(Caps(max_concurrency=20), max_attempts=10))
+    assert ran.statuses == ["ok"] * 300
+
+
 # ---- what ends the run
 
 
