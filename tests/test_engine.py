@@ -299,10 +299,13 @@ def test_a_refusal_weighs_less_while_others_are_answered(server: SimulatedServer
     assert ran.outcomes[0].attempts > 2
 
 
+@pytest.mark.usefixtures("quick_backoff")
 def test_a_row_that_meets_full_slots_weighs_that_less_while_others_are_answered(server: SimulatedServer) -> None:
-    server.reset(p_503=0.5, p_reset=0.3)  # two of three attempts: ten strikes in a row are not rare
-    ran = ask(server, rows(300), Policy(Caps(max_concurrency=20), max_attempts=10))
-    assert ran.statuses == ["ok"] * 300
+    # For a second two of three attempts fail. By three strikes a quarter of the rows is lost in it: 244 to 296 came
+    # through, and where three such failures make one strike 398 to 400.
+    server.reset(p_503=0.5, p_reset=0.3, schedule=[(1.0, {"p_503": 0.0, "p_reset": 0.0})])
+    ran = ask(server, rows(400), Policy(Caps(max_concurrency=20), max_attempts=3))
+    assert ran.statuses.count("ok") >= 380
 
 
 # ---- what ends the run
