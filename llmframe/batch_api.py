@@ -21,7 +21,7 @@ from llmframe.endpoint import Endpoint
 from llmframe.errors import EndpointError
 from llmframe.limits import retry_after_s
 from llmframe.messages import well_formed
-from llmframe.transports import Extras
+from llmframe.transports import NO_EXTRAS, Extras
 
 T = TypeVar("T")
 
@@ -259,7 +259,7 @@ class BatchApi:
             raise EndpointError(f"the client could not send the request: {error}; mend client=") from error
         except Exception as error:  # a body that ends too early comes as its transport's own error
             if transports.is_of_http(error):
-                words = transports.redacted_of(self._client, Extras(), f"{type(error).__name__}: {error}")
+                words = transports.redacted_of(self._client, NO_EXTRAS, f"{type(error).__name__}: {error}")
                 raise Away(f"the reply from {self._url} broke off: {words}") from error
             raise
 

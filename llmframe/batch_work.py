@@ -6,7 +6,6 @@ goes on from the ledger. What may have been done already is looked for before it
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -187,7 +186,7 @@ class Worker:
         if self._part(number).stage == "running":
             await self._watch(self._part(number))
         if self._part(number).stage == "fetched" and self.keeper is not None:
-            await _to_its_end(lambda: self._collect(self._part(number)))
+            await loops.to_its_end(lambda: self._collect(self._part(number)))
         if self._part(number).stage == "collected":
             await self._clear(self._part(number))
         if self.ledger.cancelled and self._part(number).stage in WAITING:
@@ -384,7 +383,7 @@ class Worker:
                 if refusal.http != 404:
                     raise
                 # Not there yet, or deleted by somebody else, or expired: the count of its lines tells.
-        fault = await _to_its_end(lambda: incomplete(part, self.directory))
+        fault = await loops.to_its_end(lambda: incomplete(part, self.directory))
         if fault is None:
             self._put(replace(part, stage="fetched", missing_since=None))
         elif self._long_missing(part):  # it is lost, and so its files stay: there is no other copy
@@ -549,13 +548,3 @@ def _by_line(problems: tuple[Problem, ...]) -> Mapping[int, str]:
         if each.line is not None:
             named.setdefault(each.line, f"{each.message} ({each.code})")
     return named
-
-
-async def _to_its_end(work: Callable[[], T]) -> T:
-    """Do blocking work in a thread; whoever is cancelled meanwhile waits for it, since it holds files."""
-    task = asyncio.ensure_future(loops.in_thread(work))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        raise

@@ -27,13 +27,14 @@ from pydantic import SecretStr
 from llmframe import runner
 from llmframe.accessor import LLMFrame
 from llmframe.budget import Cost
-from llmframe.desk import Desk, Grant, Limits, Wants, Words
+from llmframe.desk import Desk, Grant, Limits, Wants
 from llmframe.errors import ConfigurationError, LLMFrameError, TemplateError
 from llmframe.estimate import Estimate, estimate
 from llmframe.loops import in_thread
 from llmframe.options import Options, call_options, gather, method_takes_options
 from llmframe.planning import output_dtypes, prompts_of
 from llmframe.prompts import Prompt
+from llmframe.requests import Words
 from llmframe.results import Completion, Usage, typed
 from llmframe.state import State
 from llmframe.stations import Alone, Peers, Station, Stations, limits_of

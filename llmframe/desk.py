@@ -18,12 +18,11 @@ import numpy.typing as npt
 
 from llmframe.budget import Cost
 from llmframe.rates import Cap, request_caps, token_caps
+from llmframe.requests import Words
 
 NOTHING = Cost()
 PRESENT_S = 5.0  # since a process was last heard of; it comes by once a second at least
 AT_ONCE = 32  # requests' worth of money given out at a time
-Words = npt.NDArray[np.uint64]
-"""The first 8 bytes of each key: enough to tell any number of requests apart that are asked at one time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,8 +247,3 @@ def _times(cost: Cost, count: int) -> Cost:
 
 def _within(cost: Cost, left: Cost) -> bool:
     return cost.tokens <= left.tokens and cost.pico_usd <= left.pico_usd
-
-
-def words_of(keys: npt.NDArray[np.void]) -> Words:
-    """Give the words by which the desk knows some keys."""
-    return keys.view(np.uint64).reshape(-1, 4)[:, 0].copy() if len(keys) else np.empty(0, np.uint64)

@@ -481,11 +481,11 @@ class Crew:
     def _settle(self, job: Job, failure: Failure, asked_s: float | None, now: float) -> float | None:
         """Stop the run, give up the row, or give the seconds to wait for its next attempt."""
         if failure.verdict == "run":
-            self._stop(EndpointError(f"{failure.message}; sent to {job.url or self._endpoint.url}"))
+            self._stop_at(job, failure.message)
             return None
         if failure.verdict == "row":
             self._refused_since = None
-        elif failure.kind == "rate limit" and self._refused_too_long(failure, now):
+        elif failure.kind == "rate limit" and self._refused_too_long(job, failure, now):
             return None
         if failure.kind == "connection" and self._unreached_since is None:
             self._unreached_since = job.started
@@ -501,11 +501,10 @@ class Crew:
             return None
         if asked_s is not None and asked_s > PATIENCE_S:
             until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + asked_s))
-            self._stop(
-                EndpointError(
-                    f"the endpoint asks to come back at {until}, in {asked_s:,.0f} s, and llmframe waits no longer "
-                    f"than {PATIENCE_S:.0f} s: {failure.message}; sent to {job.url or self._endpoint.url}"
-                )
+            self._stop_at(
+                job,
+                f"the endpoint asks to come back at {until}, in {asked_s:,.0f} s, and llmframe waits no longer than "
+                f"{PATIENCE_S:.0f} s: {failure.message}",
             )
             return None
         if asked_s:
@@ -515,7 +514,7 @@ class Crew:
         # While the endpoint is down its probes are spaced already.
         return 0.0 if self._line.pacer.down_since is not None else failures.backoff_s(job.attempts, random.random())
 
-    def _refused_too_long(self, failure: Failure, now: float) -> bool:
+    def _refused_too_long(self, job: Job, failure: Failure, now: float) -> bool:
         """Stop when nothing but 429s has come for too long, as from a limit by the day that says no more than that.
 
         Judged when one comes and not by the clock: where a known limit lets nothing out for long, nobody refuses.
@@ -527,11 +526,10 @@ class Crew:
         at_work = oldest is not None and oldest.started < self._refused_since  # it was let in, and is slow
         if refused_s <= PATIENCE_S or at_work:
             return False
-        self._stop(
-            EndpointError(
-                f"the endpoint has refused every request for {refused_s:,.0f} s, and llmframe waits no longer than "
-                f"{PATIENCE_S:.0f} s: {failure.message}; sent to {self._endpoint.url}"
-            )
+        self._stop_at(
+            job,
+            f"the endpoint has refused every request for {refused_s:,.0f} s, and llmframe waits no longer than "
+            f"{PATIENCE_S:.0f} s: {failure.message}",
         )
         return True
 
@@ -583,12 +581,7 @@ class Crew:
         if len(set(first)) > 1 or failure.http is None or not 400 <= failure.http < 500:
             self._refusals = None
         elif len(first) == ALIKE:
-            self._stop(
-                EndpointError(
-                    f"the first {ALIKE} rows were all refused: {failure.message}; "
-                    f"sent to {job.url or self._endpoint.url}"
-                )
-            )
+            self._stop_at(job, f"the first {ALIKE} rows were all refused: {failure.message}")
 
     def _done(self, job: Job, completion: Completion) -> None:
         self._open -= 1
@@ -603,6 +596,10 @@ class Crew:
     def _finish_if_done(self) -> None:
         if self._exhausted and self._open == 0 and not self._finished.done():
             self._finished.set_result(None)
+
+    def _stop_at(self, job: Job, words: str) -> None:
+        """Stop the run for what an endpoint said to a request, and say which it was."""
+        self._stop(EndpointError(f"{words}; sent to {job.url or self._endpoint.url}"))
 
     def _stop(self, error: Exception) -> None:
         if not self._finished.done():

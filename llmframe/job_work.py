@@ -28,6 +28,7 @@ from llmframe.options import Options, check_count
 from llmframe.pacing import Pacer
 from llmframe.planning import output_dtypes, prompts_of, rows_of
 from llmframe.prompts import Prompt, Prompts
+from llmframe.requests import Words, words_of
 from llmframe.results import STATUSES, Usage, twin
 from llmframe.runner import Call, Prepared
 from llmframe.sinks import Sink, sweep
@@ -242,7 +243,7 @@ class Work:
         whole = False
         gathered = _gathered(self._source.pieces(self._part_rows), self._part_rows)
         try:
-            await _to_its_end(self._begin)
+            await loops.to_its_end(self._begin)
             held = 0 if self._checkpoint is None else self._checkpoint.held
             if asking and held:
                 said = f"{held:,} answers are in {self.options.checkpoint}; what is among them is not asked"
@@ -258,7 +259,7 @@ class Work:
                     await self._write(under_way.popleft(), under_way)
             while under_way:
                 await self._write(under_way.popleft(), under_way)
-            await _to_its_end(functools.partial(self._finish, self._sinks[-1]))
+            await loops.to_its_end(self._finish)  # with a limit the last of the source's files need not be read
             whole = True
         finally:
             tasks = [part.task for part in under_way if part.task is not None]
@@ -371,7 +372,7 @@ class Work:
         except BaseException:
             others.appendleft(part)
             raise
-        await _to_its_end(functools.partial(self._put, part))
+        await loops.to_its_end(functools.partial(self._put, part))
         self.total.finish(part.prepared)
 
     def _put(self, part: _Part) -> None:
@@ -383,12 +384,12 @@ class Work:
                 self._sink.write(answered.slice(at, len(piece.table)), piece.ends_group)
             at += len(piece.table)
             if piece.ends_file and self._sinks[piece.file + 1 : piece.file + 2] != [where]:
-                self._finish(where)
+                self._finish()
 
-    def _finish(self, where: str) -> None:
-        """Give the file that is written its name; with a limit the last of the source's files need not be read."""
+    def _finish(self) -> None:
+        """Give the file that is written its name."""
         if self._sink is not None:
-            with _writing(where):
+            with _writing(self._sink.where):
                 self._sink.finish()
             self._sink = None
 
@@ -419,16 +420,6 @@ def _gathered(pieces: Iterator[Piece], rows: int) -> Iterator[list[Piece]]:
         yield held
 
 
-async def _to_its_end(work: Callable[[], None]) -> None:
-    """Do blocking work in a thread; whoever is cancelled meanwhile waits for it, since it writes to the sink."""
-    task = asyncio.ensure_future(loops.in_thread(work))
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        raise
-
-
 @contextmanager
 def _memory_given_back() -> Iterator[None]:
     """Let Arrow take its memory from the system while a job is under way.
@@ -448,11 +439,11 @@ class _Seen:
     """The requests of the parts so far, in 8 bytes each."""
 
     def __init__(self) -> None:
-        self._sorted: list[npt.NDArray[np.uint64]] = []
+        self._sorted: list[Words] = []
 
     def add(self, keys: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
         """Add a part's keys; which of them were there before."""
-        words = keys.view(np.uint64).reshape(-1, 4)[:, 0] if len(keys) else np.empty(0, np.uint64)
+        words = words_of(keys)
         known = np.zeros(len(words), np.bool_)
         for each in self._sorted:
             at = np.minimum(np.searchsorted(each, words), len(each) - 1)

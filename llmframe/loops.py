@@ -237,6 +237,16 @@ async def in_thread(work: Callable[[], T]) -> T:
     return await asyncio.wrap_future(outcome)
 
 
+async def to_its_end(work: Callable[[], T]) -> T:
+    """Do blocking work as `in_thread` does; whoever is cancelled meanwhile waits for it, since it holds files."""
+    task = asyncio.ensure_future(in_thread(work))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
+
+
 class _Flight:
     """A coroutine under way on the background loop.
 

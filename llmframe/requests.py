@@ -28,6 +28,8 @@ OURS = frozenset({"model", "messages", "stream", "input"})
 Api = Literal["chat", "responses", "embeddings"]
 Form = Literal["json_schema", "json_object", "prompt", "base64", "float"]
 """How a schema is put to the endpoint: enforced, as some JSON, or in words alone. And how vectors come back."""
+Words = npt.NDArray[np.uint64]
+"""The first 8 bytes of each key: enough to tell any number of requests apart that are asked at one time."""
 
 PATHS: Mapping[Api, str] = {
     "chat": "/chat/completions",
@@ -148,6 +150,11 @@ def _tail(params: Mapping[str, Any], response_format: Mapping[str, Any] | None, 
 def packed(keys: Iterable[bytes]) -> npt.NDArray[np.void]:
     """Give keys as one array: as objects of their own they would take three times the memory."""
     return np.frombuffer(b"".join(keys), f"V{KEY_BYTES}")
+
+
+def words_of(keys: npt.NDArray[np.void]) -> Words:
+    """Give the first word of each key."""
+    return keys.view(np.uint64).reshape(-1, KEY_BYTES // 8)[:, 0].copy() if len(keys) else np.empty(0, np.uint64)
 
 
 def text_bytes(body: bytes) -> int:

@@ -32,6 +32,7 @@ class Sink:
     """
 
     def __init__(self, where: str) -> None:
+        self.where = where
         self._whole = ExitStack()
         self._file = self._whole.enter_context(whole_file(where))
         self._writer: pq.ParquetWriter | None = None

@@ -26,7 +26,7 @@ import pandas as pd
 from llmframe import loops, runner
 from llmframe.budget import Allotment, Cost
 from llmframe.checkpoint import Checkpoint
-from llmframe.desk import Desk, Grant, Limits, Wants, Words, words_of
+from llmframe.desk import Desk, Grant, Limits, Wants
 from llmframe.errors import LLMFrameError
 from llmframe.index import Index
 from llmframe.lines import Line, give_back, line_to
@@ -35,6 +35,7 @@ from llmframe.pacing import Caps
 from llmframe.planning import check_columns, prompts_of
 from llmframe.prompts import Prompt
 from llmframe.rates import Share
+from llmframe.requests import Words, words_of
 from llmframe.runner import Prepared
 from llmframe.state import State
 

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmframe.budget import Allotment, Bound, Cost
-from llmframe.desk import Desk, Limits, Wants, words_of
+from llmframe.desk import Desk, Limits, Wants
 from llmframe.rates import TICKET_S, Share
+from llmframe.requests import words_of
 
 BOTH = ("w1", "w2")
 

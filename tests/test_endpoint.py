@@ -240,6 +240,19 @@ def test_an_answer_comes_back_as_it_was_said(server: SimulatedServer, way: str) 
     assert orjson.loads(reply.body)["choices"][0]["message"]["content"] == said
 
 
+async def send_and_close(client: Any, extras: Extras = NO_EXTRAS) -> Reply:
+    """Send one request, and close the transport and the client."""
+    transport = resolve(client=client, extras=extras).open()
+    try:
+        return await transport.send(body_of())
+    finally:
+        await transport.close()
+        if isinstance(client, openai.AsyncOpenAI):
+            await client.close()
+        else:
+            client.close()
+
+
 async def answer_raw(way: str, answer: bytes, extras: Extras = NO_EXTRAS) -> Reply:
     """Send one request to a server that gives these bytes for an answer, and closes."""
 
@@ -253,15 +266,7 @@ async def answer_raw(way: str, answer: bytes, extras: Extras = NO_EXTRAS) -> Rep
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     async with server:
         client = (CLIENTS | OF_THE_SDK)[way](f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1")
-        transport = resolve(client=client, extras=extras).open()
-        try:
-            return await transport.send(body_of())
-        finally:
-            await transport.close()
-            if isinstance(client, openai.AsyncOpenAI):
-                await client.close()
-            else:
-                client.close()
+        return await send_and_close(client, extras)
 
 
 @pytest.mark.parametrize("way", [*CLIENTS, *OF_THE_SDK])
@@ -647,16 +652,7 @@ def certificates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
 
 async def over_tls(certificates: Path, way: str) -> Reply:
     async with tls_server(certificates / "localhost.pem") as base_url:
-        client = await asyncio.to_thread(CLIENTS[way], base_url)
-        transport = resolve(client=client).open()
-        try:
-            return await transport.send(body_of())
-        finally:
-            await transport.close()
-            if isinstance(client, openai.AsyncOpenAI):
-                await client.close()
-            else:
-                client.close()
+        return await send_and_close(await asyncio.to_thread(CLIENTS[way], base_url))
 
 
 def test_a_certificate_that_nobody_vouches_for_is_told_as_such(certificates: Path, way: str) -> None:
