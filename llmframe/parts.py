@@ -83,7 +83,8 @@ _LEAVES = ["texts.list.element" if name == "texts" else name for name in COLUMNS
 _FORMAT = b"llmframe.format"
 _COLUMNS = b"llmframe.columns"  # pages have checksums, but a damaged footer could rename a column away
 _ORIGINS = b"llmframe.origins"
-_SUM = b"llmframe.crc32"  # a damaged page header can say that its page has no checksum: all before the footer has one
+_SUM = b"llmframe.sum"  # page headers and the footer have no checksum of parquet's own: this one is of the whole part
+_UNSUMMED = b"%d " + b"#" * 10  # what stands in the place of the checksum while it is taken
 _PAID = pa.array(sorted(PAID))
 _DERIVED: Mapping[str, object] = {"parsed": None, "source": "checkpoint"}  # not stored
 _FIELDS = tuple(field.name for field in fields(Completion))
@@ -329,7 +330,7 @@ class Part:
         return pa.Table.from_arrays(columns, schema=pa.schema([COLUMNS.field(name) for name in names]))
 
     def _check_sum(self) -> None:
-        """Compare what stands before the footer with the checksum in it, once."""
+        """Compare the part with the checksum in its footer, once."""
         written, self._sum = self._sum, None
         if written is None:
             return
@@ -341,24 +342,45 @@ class Part:
         while left and (piece := self._bytes.read(min(left, PIECE_BYTES))):
             found = zlib.crc32(piece, found)
             left -= len(piece)
-        if b"%d %d" % (length, found) != written:
+        footer = self._bytes.read().replace(written, _UNSUMMED % length)
+        if _sum(length, found, footer) != written:
             raise NotAPart("it is torn or damaged: its checksum is wrong")
 
 
+def _sum(length: int, before: int, footer: bytes) -> bytes:
+    """Say where the footer begins, and the checksum of what stands before it and of the footer without its own sum."""
+    return b"%d %010d" % (length, zlib.crc32(footer, before))
+
+
 class _Summed:
-    """A file that keeps the length and the checksum of what is written to it."""
+    """A file that takes the checksum of what is written to it, and puts it into the footer."""
 
     def __init__(self, file: pa.NativeFile | IO[bytes]) -> None:
         self._file = file
+        self._sum = 0
+        self._footer: list[bytes] | None = None
         self.length = 0
-        self.sum = 0
         self.closed = False
 
     def write(self, data: bytes) -> int:
-        self._file.write(data)
-        self.sum = zlib.crc32(data, self.sum)
+        if self._footer is None:
+            self._file.write(data)
+            self._sum = zlib.crc32(data, self._sum)
+        else:
+            self._footer.append(data)
         self.length += len(data)
         return len(data)
+
+    def begin_footer(self) -> bytes:
+        """Hold back what is written from now on, and return what the footer has to hold in place of its sum."""
+        self._footer = []
+        return _UNSUMMED % self.length
+
+    def end_footer(self, unsummed: bytes) -> None:
+        """Write what was held back, with the sum in the place of `unsummed`."""
+        assert self._footer is not None
+        footer = b"".join(self._footer)
+        self._file.write(footer.replace(unsummed, _sum(self.length - len(footer), self._sum, footer)))
 
     def flush(self) -> None:
         self._file.flush()
@@ -418,13 +440,16 @@ class PartWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None:
+            self._writer.close()
+            return
         try:
-            if kind is None:
-                self._write_group()
-                said = b"%d %d" % (self._summed.length, self._summed.sum)
-                self._writer.add_key_value_metadata({_SUM: said})
+            self._write_group()
+            unsummed = self._summed.begin_footer()
+            self._writer.add_key_value_metadata({_SUM: unsummed})
         finally:
             self._writer.close()
+        self._summed.end_footer(unsummed)
 
     def _write_group(self) -> None:
         if self._waiting:
