@@ -78,11 +78,13 @@ def read_json(body: bytes) -> Any:
 def read_usage(payload: Any) -> Usage | None:
     """Read what a reply says it cost, under either API's names; None where it does not say."""
     usage = item(payload, "usage")
-    before, after = ("prompt", "completion") if item(usage, "input_tokens") is None else ("input", "output")
-    prompt, completion = count(item(usage, f"{before}_tokens")), count(item(usage, f"{after}_tokens"))
+    if not isinstance(usage, dict):
+        return None
+    before, after = ("prompt", "completion") if usage.get("input_tokens") is None else ("input", "output")
+    prompt, completion = count(usage.get(f"{before}_tokens")), count(usage.get(f"{after}_tokens"))
     if prompt is None and completion is None:
         return None
-    total = count(item(usage, "total_tokens"))
+    total = count(usage.get("total_tokens"))
     if prompt is not None and total is not None:  # Gemini's thoughts and xAI's are billed, and are in the total alone
         completion = max(completion or 0, total - prompt)
     cached = count(item(usage, f"{before}_tokens_details", "cached_tokens")) or 0
@@ -133,17 +135,19 @@ def error_of(value: Any) -> Any:
 
 def _read_choice(choice: dict[str, Any]) -> Said:
     message = choice.get("message")
-    content = item(message, "content")
+    if not isinstance(message, dict):
+        message = {}
+    content = message.get("content")
     if isinstance(content, list):  # content parts, which some servers answer with
         content = _joined(item(part, "text") for part in content)
     text = content if isinstance(content, str) else None
     # DeepSeek, vLLM and llama.cpp say `reasoning_content`; OpenRouter, Ollama and newer vLLM `reasoning`.
-    reasoning = item(message, "reasoning_content") or item(message, "reasoning")
+    reasoning = message.get("reasoning_content") or message.get("reasoning")
     thought = reasoning if isinstance(reasoning, str) else None
     if text is not None and "think>" in text:
         text, own = without_thinking(text)
         thought = thought or own
-    said, refusal, calls = choice.get("finish_reason"), item(message, "refusal"), item(message, "tool_calls")
+    said, refusal, calls = choice.get("finish_reason"), message.get("refusal"), message.get("tool_calls")
     finish = said if isinstance(said, str) else None
     return Said(
         text=text,

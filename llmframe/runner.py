@@ -22,6 +22,7 @@ from llmframe import answers, endpoint, loops, replicas
 from llmframe.asking import Accepted, Asking
 from llmframe.budget import Bound, Budget, most_completion_tokens
 from llmframe.checkpoint import OTHER_ROWS, Checkpoint, Origin
+from llmframe.collecting import rare_collections
 from llmframe.embedding import Embedding
 from llmframe.endpoint import Endpoint
 from llmframe.engine import Ask, Crew, Policy, Read
@@ -419,7 +420,8 @@ async def ask(prepared: Prepared, asked: npt.NDArray[np.intp]) -> None:
     """Ask these requests, by number, and keep what comes; the checkpoint stays open."""
     line = line_to(prepared.endpoint, prepared.policy.caps)
     try:
-        await _ask_on(line, prepared, asked)
+        with rare_collections():
+            await _ask_on(line, prepared, asked)
     finally:
         await give_back(line)
 
