@@ -193,8 +193,15 @@ class BatchJob:
         found = np.bincount(state.outcomes.statuses(state.plan.request_of), minlength=len(STATUSES))
         return {status: int(count) for status, count in zip(STATUSES, found, strict=True) if count}
 
+    @property
+    def missing(self) -> int:
+        """How many requests may have an answer, paid for, in a batch or file that the provider does not give now."""
+        return sum(part.missing for part in self._ledger.parts)
+
     def refresh(self) -> BatchJob:
         """Look once at the provider: take what has ended, send what may go out now.
+
+        In a job that has ended, look for what is `missing`: a key of another project, or a proxy, may have hidden it.
 
         Raises
         ------
@@ -202,7 +209,7 @@ class BatchJob:
             The endpoint is away, or takes no key; the job goes on where it stood.
         """
         self._read()
-        self._run(self._look, lambda: None)
+        self._run(self._look_again if self._ledger.over else self._look, lambda: None)
         return self
 
     def wait(self) -> BatchJob:
@@ -289,7 +296,7 @@ class BatchJob:
         self._ledger = self._place.load()
         if not self._ledger.over:
             raise ConfigurationError(f"the job in {self.directory} has not ended; job.wait() first, or job.cancel()")
-        self._run(self._look_again, lambda: None)
+        self.refresh()
         with self._place.held():
             ledger = self._ledger = self._place.load()
             sources = [part for part in ledger.parts if part.left and not part.taken]

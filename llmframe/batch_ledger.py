@@ -55,7 +55,8 @@ class Part:
     file_id, batch_id, output_file_id, error_file_id : str or None
         As the provider names them.
     status : str or None
-        The provider's word for how far it is.
+        The provider's word for how far it is; ``lost`` where the batch is not to be found, and ``cut`` where files of
+        it are not, or only in part.
     done, failed : int
         Requests so far, as the provider counts them.
     left : int
@@ -94,6 +95,11 @@ class Part:
     def lost(self) -> bool:
         """Whether its batch was there, and that or a part of what it gave is not to be found."""
         return self.batch_id is not None and self.missing_since is not None
+
+    @property
+    def missing(self) -> int:
+        """How many of its requests may have an answer that nobody can fetch now."""
+        return self.left if self.status in ("lost", "cut") and not self.taken else 0
 
     @property
     def input(self) -> str:

@@ -279,7 +279,8 @@ class Worker:
             failed=seen.failed,
             output_file_id=seen.output_file_id,
             error_file_id=seen.error_file_id,
-            missing_since=part.missing_since if part.status in ENDED else None,  # then it is its files that are missed
+            # Where it had ended before, it is its files that are missed.
+            missing_since=part.missing_since if part.status in (*ENDED, "cut") else None,
         )
         if not seen.ended:
             if now != part:
@@ -373,6 +374,7 @@ class Worker:
 
     async def _fetch(self, part: Part) -> None:
         """Bring what a batch gave onto this disk: all of it, unless that is not to be had."""
+        gone = False
         for file_id, name in ((part.output_file_id, part.output), (part.error_file_id, part.errors)):
             if file_id is None:
                 continue
@@ -382,12 +384,14 @@ class Worker:
             except Refused as refusal:
                 if refusal.http != 404:
                     raise
-                # Not there yet, or deleted by somebody else, or expired: the count of its lines tells.
+                gone = True  # not there yet, or deleted by somebody else, or expired: the count of its lines tells
         fault = await loops.to_its_end(lambda: incomplete(part, self.directory))
         if fault is None:
             self._put(replace(part, stage="fetched", missing_since=None))
         elif self._long_missing(part):  # it is lost, and so its files stay: there is no other copy
-            self._put(replace(part, stage="fetched", error=f"{fault}; job.resubmit() fetches them once more"))
+            words = f"{fault.words}; job.resubmit() fetches them once more"
+            status = "cut" if gone or fault.breaks_off else part.status
+            self._put(replace(part, stage="fetched", status=status, error=words))
 
     # -- what came
 
@@ -480,8 +484,10 @@ def collect(directory: Place, part: Part, checkpoint: Checkpoint, read: Read) ->
     for left in totals.left.values():
         if left.status != "pending":
             checkpoint.add(left.key, Completion(status=left.status, error=left.error, attempts=1))
-    ended = f"the batch ({part.status}) gave no line for it"
-    totals.left.update({key: Left(key, "pending", f"not asked: {ended}", True) for key in missing})
+    why = f"not asked: the batch ({part.status}) gave no line for it"
+    if part.status == "cut":
+        why = f"not here yet: {part.error}"
+    totals.left.update({key: Left(key, "pending", why, True) for key in missing})
     filtered = [key for key, each in totals.left.items() if each.status in PAID]
     for key in filtered:  # an outcome that is kept, as one that was answered
         del totals.left[key]
@@ -489,7 +495,15 @@ def collect(directory: Place, part: Part, checkpoint: Checkpoint, read: Read) ->
     return totals
 
 
-def incomplete(part: Part, directory: Place) -> str | None:
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What is missing in the files of a batch that has ended, and whether one is there in part, to be seen from it."""
+
+    words: str
+    breaks_off: bool = False
+
+
+def incomplete(part: Part, directory: Place) -> Fault | None:
     """Say what is missing in the files of a batch that has ended; None where all is there."""
     lines = 0
     for name in (part.output, part.errors):
@@ -500,11 +514,11 @@ def incomplete(part: Part, directory: Place) -> str | None:
         try:
             json.loads(last or b"{}")
         except ValueError:
-            return f"{name} breaks off in its line {lines:,}"
+            return Fault(f"{name} breaks off in its line {lines:,}", breaks_off=True)
     counted = max(part.done + part.failed, part.requests if part.status == "completed" else 0)
     if lines >= counted:
         return None
-    return f"the batch's files have {lines:,} lines, and it has {counted:,} requests that are done"
+    return Fault(f"the batch's files have {lines:,} lines, and it has {counted:,} requests that are done")
 
 
 def _count(totals: Totals, answer: Completion) -> None:

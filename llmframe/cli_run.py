@@ -71,9 +71,18 @@ def _job(arguments: argparse.Namespace) -> int:
     work = _on_cluster(paths, prompt, options, arguments.dask) if arguments.dask else Work(paths, prompt, options)
     if arguments.batch:
         batch = _submitted(paths, prompt, options, arguments.poll_s)
+        if batch.missing:
+            batch.refresh()
         batch.wait()
         if options.progress is not False:
             complain(str(batch))
+        if batch.missing:
+            complain(
+                f"{batch.missing:,} requests are in a batch or file that the provider does not give, and may be paid "
+                "for, so they are not asked online; the same command looks for it again, and `llmframe batch resubmit "
+                f"{batch_beside(paths.sink)}` asks them once more; what was answered is kept"
+            )
+            return STOPPED
         work = Work(paths, prompt, _what_is_left(options, batch))  # what it left is asked online
     quiet = options.progress is False
     drawn = Bar(work.total, options.progress) if quiet or wanted(None) else Lines(work.total)

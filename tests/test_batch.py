@@ -354,7 +354,8 @@ def test_an_output_file_that_is_gone_leaves_its_rows_to_be_asked_again(
             assert time.monotonic() < until
             time.sleep(0.01)
         client.files.delete(server.batches()[0]["output_file_id"])
-    assert set(lost.wait().frame()["response_error"]) == {"not asked: the batch (completed) gave no line for it"}
+    (why,) = set(lost.wait().frame()["response_error"])
+    assert why.startswith("not here yet: the batch's files have 0 lines, and it has 9 requests that are done")
     assert lost.resubmit().wait().counts == {"ok": 10}
 
 
@@ -487,6 +488,7 @@ def test_a_batch_that_is_hidden_for_long_keeps_its_files_and_is_looked_for_befor
     job = submit(server, frame, tmp_path)
     server.change(hidden=True)
     assert job.wait().counts == {"failed": 10}
+    assert job.missing == 9
     assert job.frame()["response_error"].str.contains("neither shows nor lists the batch batch_").all()
     assert len(server.files()) == 1
     server.change(hidden=False, stop_after=None)
@@ -531,7 +533,8 @@ def test_a_file_that_stays_short_stays_at_the_provider_and_is_fetched_again_befo
 ) -> None:
     server.change(content_share=share)
     job = submit(server, frame, tmp_path).wait()
-    assert job.counts["pending"] >= 5
+    assert job.counts["pending"] >= job.missing >= 5
+    assert job.refresh().parts["status"].tolist() == ["cut"]
     assert "job.resubmit() fetches them once more" in job.parts["error"].iloc[0]
     assert "batch_output" in [file["purpose"] for file in server.files()]
     server.change(content_share=1.0)
@@ -559,7 +562,8 @@ def test_the_lines_of_a_batch_are_held_against_what_it_counts(
     part = Part(number=0, requests=2, bytes=0, tokens=0, **counts)
     if content is not None:
         (tmp_path / part.output).write_bytes(content)
-    assert batch_work.incomplete(part, Place(tmp_path)) == fault
+    found = batch_work.incomplete(part, Place(tmp_path))
+    assert (found and found.words) == fault
 
 
 # ---- the provider's files, the key, the directory

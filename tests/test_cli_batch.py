@@ -127,6 +127,22 @@ def test_a_run_by_batch_gives_the_sink_of_a_run_and_asks_online_only_what_the_ba
     assert os.path.isdir("out.parquet.batch")
 
 
+def test_a_run_by_batch_asks_no_row_online_that_may_be_in_a_batch_not_to_be_found(
+    here: list[str], server: BatchServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run", "in.parquet", "out.parquet", "{text}", "--batch", "--poll-s", "0.02", "--quiet"]
+    server.change(content_share=0.45)
+    paid, online = server.paid(), server.log().count("POST /v1/chat/completions")
+    for _ in range(2):
+        assert main(command) == 4
+        assert "may be paid for, so they are not asked online" in capsys.readouterr().err
+    server.change(content_share=1.0)
+    assert main(command) == 0
+    assert pd.read_parquet("out.parquet")["response_status"].eq("ok").all()
+    assert {count - paid.get(text, 0) for text, count in server.paid().items()} <= {0, 1}
+    assert server.log().count("POST /v1/chat/completions") == online
+
+
 def test_a_run_by_batch_whose_source_has_grown_says_how_to_go_on_and_pays_nothing_twice(
     here: list[str], server: BatchServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
