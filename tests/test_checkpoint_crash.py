@@ -264,11 +264,14 @@ def test_no_recorded_order_of_syncs_can_lose_an_answer(tmp_path: Path, monkeypat
 
     def sync(descriptor: int) -> None:
         status = os.fstat(descriptor)
-        (path,) = [
-            path
-            for path in (str(tmp_path), *(entry.path for entry in os.scandir(tmp_path)))
-            if os.path.exists(path) and os.path.samestat(status, os.stat(path))
-        ]
+
+        def is_it(path: str) -> bool:
+            try:
+                return os.path.samestat(status, os.stat(path))
+            except FileNotFoundError:  # a merge in its own thread has deleted it meanwhile
+                return False
+
+        (path,) = filter(is_it, (str(tmp_path), *(entry.path for entry in os.scandir(tmp_path))))
         if path != str(tmp_path):
             judged(judge.write, path)
         judged(judge.begin_sync, me(), path)
