@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import signal
 import sys
 import tempfile
@@ -30,6 +29,7 @@ import pandas as pd
 
 import llmframe  # noqa: F401  # df.llm
 from llmframe import batch_work
+from tests.memory import peak_mb
 from tests.server_batch import BatchServer, Trap, content_key
 
 MODEL = "m"
@@ -168,7 +168,7 @@ def large(rows: int, characters: int) -> int:
             "{text}", model=MODEL, base_url=server.base_url, api_key="sk-test", job=f"{place}/job", poll_s=0.2
         )
         submitted = time.monotonic()
-        peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        submitted_mb = peak_mb()
         job.wait()
         waited = time.monotonic()
         out = job.frame()
@@ -179,8 +179,8 @@ def large(rows: int, characters: int) -> int:
         sizes = [file.stat().st_size for file in Path(place, "job").rglob("*") if file.is_file()]
         print(
             f"{rows:,} rows: {submitted - started:.1f} s to submit, {waited - submitted:.1f} s to wait, "
-            f"{taken - waited:.1f} s to give the frame; peak {peak_mib:,.0f} MiB at submission, "
-            f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MiB at the end; "
+            f"{taken - waited:.1f} s to give the frame; peak {submitted_mb:,.0f} MB at submission, "
+            f"{peak_mb():,.0f} MB at the end; "
             f"{sum(sizes) / 2**20:,.1f} MiB in {len(sizes)} files left"
         )
         print(f"every answer right: {right}; requests by how often they were paid for: {dict(paid)}")

@@ -22,6 +22,7 @@ import pandas as pd
 
 import llmframe
 from llmframe import runner
+from tests.memory import peak_mb
 from tests.server import SimulatedServer
 
 LATENCY_S = 0.005
@@ -72,14 +73,6 @@ class Measured:
 def resident_mb() -> float:
     """Give the memory that this process holds now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / MB
-
-
-def peak_mb() -> float:
-    """Give the most memory that this process ever held."""
-    import resource
-
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / MB if sys.platform == "darwin" else most * 1024 / MB
 
 
 def make_call(url: str, rows: int, directory: str, measured: Any) -> None:

@@ -11,6 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.memory import peak_mb
+
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = 7  # of imports; the fastest of each counts, since everything else only makes them slower
 
@@ -42,8 +44,6 @@ def imports_compared() -> tuple[float, float]:
 
 def main() -> None:
     """Run in the new process."""
-    import resource
-
     import pandas as pd
 
     import llmframe
@@ -58,11 +58,11 @@ def main() -> None:
         keywords = {"model": "bench", "base_url": chosen.url, "progress": False}
         llmframe.LLMFrame(frame.head(1)).complete("text", **keywords)  # what is imported at the first call counts not
         time.sleep(0.1)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_mb()
         out = llmframe.LLMFrame(frame).complete("text", checkpoint=directory, **keywords)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = peak_mb()
     answered = int((out["response_status"] == "ok").sum())
-    print(json.dumps([peak / 1024, before / 1024, answered]))  # ru_maxrss is in KiB on Linux
+    print(json.dumps([peak, before, answered]))
 
 
 if __name__ == "__main__":

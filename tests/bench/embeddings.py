@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ import openai
 import pandas as pd
 
 import llmframe  # noqa: F401  (the accessor)
+from tests.memory import peak_mb
 from tests.server import SimulatedServer, embedding_of
 
 WORDS = (
@@ -114,17 +114,13 @@ def main() -> None:
 
 def _measured(way: str, base_url: str, rows: int, dimensions: int) -> tuple[float, float, float, float]:
     frame = pd.DataFrame({"text": texts(rows)})
-    before, began, cpu = _megabytes(), time.perf_counter(), time.process_time()
+    before, began, cpu = peak_mb(), time.perf_counter(), time.process_time()
     column = WAYS[way](base_url, frame, dimensions)
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-    highest = _megabytes()
+    highest = peak_mb()
     for place in range(0, rows, max(1, rows // 100)):
         assert np.allclose(column.iloc[place], embedding_of(frame["text"].iloc[place], dimensions), atol=1e-6)
     return seconds, cpu, highest, before
-
-
-def _megabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

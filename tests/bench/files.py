@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import llmframe
+from tests.memory import peak_mb
 from tests.server import SimulatedServer
 
 MOST_MB = 600  # of a job over a million rows
@@ -106,7 +106,7 @@ def measured(way: str, source: str, base_url: str, directory: str) -> dict[str, 
     assert counts.keys() == {"ok"}, counts
     return {
         "seconds": seconds,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mb": peak_mb(),
         "checkpoint_bytes": sum(path.stat().st_size for path in checkpoint.glob("*.parquet")),
         "sink_bytes": sink.stat().st_size,
     }
