@@ -52,10 +52,6 @@ class ClusterWork(Work):
         empty = self._prompts(self._source.schemas[0].empty_table()).frame
         self._far = PartitionCall(prompt, self.options, empty)
 
-    def close(self) -> None:
-        """Leave the cluster."""
-        self._client.close()
-
     @property
     def _part_rows(self) -> int:
         return PART_ROWS

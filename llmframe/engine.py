@@ -307,7 +307,7 @@ class Crew:
             self._finish_if_done()
             return None
         self._open += 1
-        tokens = text_bytes(body) // BYTES_A_TOKEN + EXPECTED_TOKENS
+        tokens = _tokens_of(body)
         form: Form = "json_schema" if self._ask_again is None else self._ask_again.form
         return Job(number, body, tokens, answered_before=self._tally.answered, form=form)
 
@@ -353,7 +353,7 @@ class Crew:
         except BaseException:  # cancelled, or a fault of ours: the line is shared, and has to know
             if wrote is not None:
                 wrote()
-            self._line.release(job.tokens)
+            self._line.release()
             self._tally.maybe_billed += 1
             self._charge(job, None, None, None)
             raise
@@ -434,7 +434,7 @@ class Crew:
         """Send another body for a row, ahead of the rows that wait."""
         assert self._ask_again is not None
         job.body, job.form = body, self._ask_again.form
-        job.tokens = text_bytes(body) // BYTES_A_TOKEN + EXPECTED_TOKENS
+        job.tokens = _tokens_of(body)
         self._due.append(job)
         self._hire()
 
@@ -468,14 +468,14 @@ class Crew:
         """Report a failed attempt; give the seconds that the endpoint asks to wait."""
         pacer, latency_s = self._line.pacer, now - job.started
         if failure.verdict != "retry" or failure.kind in failures.REPLICA:
-            pacer.released(now, latency_s=latency_s, reserved=job.tokens, alive=reply is not None)
+            pacer.released(now, latency_s=latency_s, alive=reply is not None)
             return None
         asked_s = retry_after_s(reply.headers, time.time(), failure.wait) if reply else None
         if failure.kind == "rate limit":
             headers = rate_headers(reply.headers, time.time()) if reply else None
             pacer.refused(now, latency_s=latency_s, reserved=job.tokens, retry_after_s=asked_s, headers=headers)
         else:
-            pacer.failed(now, latency_s=latency_s, reserved=job.tokens, kind=failure.kind)
+            pacer.failed(now, latency_s=latency_s, kind=failure.kind)
         return asked_s
 
     def _settle(self, job: Job, failure: Failure, asked_s: float | None, now: float) -> float | None:
@@ -563,7 +563,7 @@ class Crew:
         self._open += len(parts) - 1
         self._failing -= job.failed > 0
         for number, body in reversed(parts):
-            tokens = text_bytes(body) // BYTES_A_TOKEN + EXPECTED_TOKENS
+            tokens = _tokens_of(body)
             made = Job(number, body, tokens, answered_before=self._tally.answered, form=self._ask_again.form)
             self._due.appendleft(made)
         self._hire()
@@ -652,6 +652,11 @@ class _Once:
         call, self._call = self._call, None
         if call is not None:
             call()
+
+
+def _tokens_of(body: bytes) -> int:
+    """Give about what a request takes of a token limit."""
+    return text_bytes(body) // BYTES_A_TOKEN + EXPECTED_TOKENS
 
 
 def _wake(waiting: asyncio.Future[None]) -> None:

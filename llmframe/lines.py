@@ -98,7 +98,7 @@ class Line:
         except asyncio.CancelledError:
             if ticket.done() and not ticket.cancelled():  # let in and cancelled in the same turn of the loop
                 self.wrote()
-                self.release(tokens)
+                self.release()
             raise
 
     def admit(self) -> None:
@@ -125,9 +125,9 @@ class Line:
             self.pacer.wrote(self._loop.time())
             self.admit()
 
-    def release(self, tokens: int) -> None:
+    def release(self) -> None:
         """Count back a request that was let in and of which nothing was learned."""
-        self.pacer.released(self._loop.time(), reserved=tokens)
+        self.pacer.released(self._loop.time())
         self.admit()
 
     async def close(self) -> None:

@@ -349,7 +349,7 @@ class Pacer:
         if headers is not None:
             self._read(now, headers, latency_s)
 
-    def failed(self, now: float, *, latency_s: float, reserved: int, kind: str) -> None:  # noqa: ARG002
+    def failed(self, now: float, *, latency_s: float, kind: str) -> None:
         """Learn from an attempt that got no answer: 5xx, connection, ``timeout``, a body that is none."""
         self._in_flight -= 1
         sent = now - latency_s
@@ -365,14 +365,7 @@ class Pacer:
         if self._outage.failed(now, loss):
             self.note(now, f"down: {kind}")
 
-    def released(
-        self,
-        now: float,
-        *,
-        latency_s: float = 0.0,
-        reserved: int,  # noqa: ARG002
-        alive: bool = False,
-    ) -> None:
+    def released(self, now: float, *, latency_s: float = 0.0, alive: bool = False) -> None:
         """Count back a request that taught nothing, but that the endpoint is `alive` (a 4xx of the row's own)."""
         self._in_flight -= 1
         self._window.lost(now - latency_s)

@@ -289,16 +289,9 @@ def limits_of(options: Options) -> Limits:
 
 
 class Stations:
-    """The stations of this process, by call; each is there while parts of its call come.
+    """The stations of this process, by call; each is there while parts of its call come."""
 
-    Parameters
-    ----------
-    linger_s : float
-        How long one stays that has nothing to do.
-    """
-
-    def __init__(self, linger_s: float = LINGER_S) -> None:
-        self._linger_s = linger_s
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: dict[str, Station] = {}
         self._parts: dict[str, int] = {}
@@ -319,7 +312,7 @@ class Stations:
             self._parts[name] -= 1
             if not self._parts[name]:
                 self._last[name] = mark = object()
-                timer = threading.Timer(self._linger_s, self._close, [name, mark])
+                timer = threading.Timer(LINGER_S, self._close, [name, mark])
                 timer.daemon = True
                 timer.start()
 

@@ -314,7 +314,7 @@ class Simulation:
         else:
             out.failed += 1
             was_up = pacer.down_since is None
-            pacer.failed(now, latency_s=latency_s, reserved=reserved, kind=kind)
+            pacer.failed(now, latency_s=latency_s, kind=kind)
             out.outages += was_up and pacer.down_since is not None
         self._at(now + backoff_s, self._again, request)
         self._hire()

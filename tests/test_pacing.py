@@ -297,7 +297,7 @@ def test_a_lone_row_that_fails_five_times_is_an_outage_and_one_answer_ends_it() 
         assert pacer.down_since is None
         assert pacer.wait_s(now, 10) == 0.0
         pacer.sent(now, 10)
-        pacer.failed(now + 0.1, latency_s=0.1, reserved=10, kind="connection")
+        pacer.failed(now + 0.1, latency_s=0.1, kind="connection")
         now += 1.0
     down_since = pacer.down_since
     assert down_since == 4.1
@@ -315,9 +315,9 @@ def test_a_refusal_and_a_bad_request_are_signs_of_life() -> None:
         now = float(number)
         pacer.sent(now, 10)
         if number % 4 == 3:
-            pacer.released(now + 0.1, latency_s=0.1, reserved=10, alive=True)
+            pacer.released(now + 0.1, latency_s=0.1, alive=True)
         else:
-            pacer.failed(now + 0.1, latency_s=0.1, reserved=10, kind="server error")
+            pacer.failed(now + 0.1, latency_s=0.1, kind="server error")
     assert pacer.down_since is None
 
 
@@ -533,9 +533,9 @@ def test_whatever_happens_a_request_is_let_out_again(events: list[tuple[str, flo
                     now, latency_s=latency_s, reserved=50, retry_after_s=5.0 if flag else None, headers=headers
                 )
             elif event == "f":
-                pacer.failed(now, latency_s=latency_s, reserved=50, kind="timeout" if flag else "server error")
+                pacer.failed(now, latency_s=latency_s, kind="timeout" if flag else "server error")
             else:
-                pacer.released(now, latency_s=latency_s, reserved=50, alive=flag)
+                pacer.released(now, latency_s=latency_s, alive=flag)
     assert pacer.in_flight == len(out)
     for then in out:
         pacer.answered(now, latency_s=now - then, reserved=50, used=50, headers=None)
@@ -585,6 +585,6 @@ def test_a_long_timeline_is_thinned_and_keeps_its_decisions() -> None:
         if second == 10:
             for _ in range(5):
                 pacer.sent(second + 0.1, 10)
-                pacer.failed(second + 0.2, latency_s=0.1, reserved=10, kind="connection")
+                pacer.failed(second + 0.2, latency_s=0.1, kind="connection")
     assert 1000 <= len(pacer.timeline) <= 4000
     assert "down: connection" in {moment.decision for moment in pacer.timeline}
