@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from llmframe import failures
 from llmframe.budget import Budget, Cost
+from llmframe.crowding import Crowding
 from llmframe.endpoint import CONNECT_S, Endpoint
 from llmframe.errors import BudgetExceeded, EndpointError
 from llmframe.failures import Failure, Unreachable
@@ -42,7 +43,6 @@ MAYBE_BILLED = frozenset({408, 502, 504, 520, 524})
 521 to 523 say that it was not reached, and a 500 or 503 is its own: nobody bills for those.
 """
 REFUSALS_A_STRIKE = 3  # of one row, while others are answered: bad luck with a limit, until it has lasted too long
-LATELY = 32  # attempts: where most of so many failed and some were answered, there is no room for more in flight
 STRIKES_TOGETHER = 3  # failures of a request of several rows before it is sent in parts: it may be one of them
 BYTES_A_TOKEN = 4  # of English; the pacer learns how far that is off
 EXPECTED_TOKENS = 64  # reserved for an answer, until the pacer has learned what requests really take
@@ -134,6 +134,8 @@ class Job:
         Requests sent; failures that count against the most a row may have; attempts that timed out; that met a limit.
     started : float
         When the last attempt was let in.
+    beside : int
+        Others of the run in flight then.
     answered_before : int
         How many answers the run had when the row was last refused, or taken up.
     deadline : asyncio.Timeout or None
@@ -160,6 +162,7 @@ class Job:
     timeouts: int = 0
     refusals: int = 0
     started: float = 0.0
+    beside: int = 0
     answered_before: int = 0
     deadline: asyncio.Timeout | None = None
     failed: int = 0
@@ -228,7 +231,7 @@ class Crew:
         self._began = self._loop.time()
         self._unreached_since: float | None = None
         self._refused_since: float | None = None  # the first 429 with no answer after it
-        self._lately: deque[bool] = deque(maxlen=LATELY)  # whether each was answered
+        self._crowding = Crowding()
         self._there = False  # a server has refused a request itself
         self._asked_s = 0.0  # the longest wait that was asked for
         self._trouble = "none yet"  # the last failure, for the message when patience runs out
@@ -346,6 +349,7 @@ class Crew:
         assert task is not None
         job.attempts += 1
         self._tally.sent += 1
+        job.beside = len(self._flying)
         self._flying[job] = task
         wrote = _Once(self._line.wrote) if self._line.pacer.capped else None
         try:
@@ -406,7 +410,7 @@ class Crew:
             used = completion.prompt_tokens + (completion.completion_tokens or 0)
         self._line.answered = True
         self._refused_since = None
-        self._lately.append(True)
+        self._crowding.answered(job.started, job.beside)
         latency_s = now - job.started
         self._line.pacer.answered(
             now,
@@ -442,7 +446,7 @@ class Crew:
         self._tally.failures[failure.kind] += 1
         self._tally.maybe_billed += _may_be_billed(reply, failure)
         self._trouble = failure.message
-        self._lately.append(False)
+        self._crowding.failed(now, job.beside)
         asked_s = self._tell_pacer(job, reply, failure, now)
         self._there |= (failure.http or 0) >= 400 and failure.http not in NOT_THERE
         self._asked_s = max(self._asked_s, asked_s or 0.0)
@@ -471,7 +475,11 @@ class Crew:
             pacer.released(now, latency_s=latency_s, alive=reply is not None)
             return None
         asked_s = retry_after_s(reply.headers, time.time(), failure.wait) if reply else None
-        if failure.kind == "rate limit":
+        full = failure.kind == "server error" and failure.http not in NOT_THERE and self._crowding.full
+        if failure.kind == "server error" and self._crowding.by_chance and not full:
+            pacer.released(now, latency_s=latency_s, alive=reply is not None)
+            return asked_s
+        if failure.kind == "rate limit" or full:
             headers = rate_headers(reply.headers, time.time()) if reply else None
             pacer.refused(now, latency_s=latency_s, reserved=job.tokens, retry_after_s=asked_s, headers=headers)
         else:
@@ -511,8 +519,9 @@ class Crew:
             return asked_s
         if failure.kind in failures.REPLICA:
             return 0.0
-        # While the endpoint is down its probes are spaced already.
-        return 0.0 if self._line.pacer.down_since is not None else failures.backoff_s(job.attempts, random.random())
+        if self._line.pacer.down_since is not None:
+            return 0.0  # its probes are spaced already
+        return failures.backoff_s(max(1, job.strikes), random.random())
 
     def _refused_too_long(self, job: Job, failure: Failure, now: float) -> bool:
         """Stop when nothing but 429s has come for too long, as from a limit by the day that says no more than that.
@@ -537,9 +546,7 @@ class Crew:
         """Whether a failure may be the row's own, and not the endpoint's or its other users'."""
         if failure.kind in ("connection", "replica away"):
             return False  # nobody took the request, and patience decides how long that may last
-        # Some servers say with a 500, a 503 or a reset that all their slots are taken.
-        crowded = len(self._lately) == LATELY and self._lately.count(True) < LATELY / 2
-        if failure.kind == "rate limit" or crowded:
+        if failure.kind == "rate limit" or self._crowding.often_fails:
             job.refusals += 1
             before, job.answered_before = job.answered_before, self._tally.answered
             if self._tally.answered > before:  # the limit is shared, and this row's turn should come
