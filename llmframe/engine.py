@@ -43,6 +43,8 @@ MAYBE_BILLED = frozenset({408, 502, 504, 520, 524})
 521 to 523 say that it was not reached, and a 500 or 503 is its own: nobody bills for those.
 """
 REFUSALS_A_STRIKE = 3  # of one row, while others are answered: bad luck with a limit, until it has lasted too long
+SILENCE_S = 30.0  # an endpoint that stops for so long (a failover, a collection) still answers what it has taken
+SILENT = 8  # requests in flight, and half the window: where none is answered, it is not they that met a fault
 STRIKES_TOGETHER = 3  # failures of a request of several rows before it is sent in parts: it may be one of them
 BYTES_A_TOKEN = 4  # of English; the pacer learns how far that is off
 EXPECTED_TOKENS = 64  # reserved for an answer, until the pacer has learned what requests really take
@@ -229,6 +231,7 @@ class Crew:
         self._open = 0  # requests begun and not yet delivered
         self._failing = 0  # those of them that are tried again
         self._began = self._loop.time()
+        self._heard_at = self._began  # the last reply
         self._unreached_since: float | None = None
         self._refused_since: float | None = None  # the first 429 with no answer after it
         self._crowding = Crowding()
@@ -368,7 +371,7 @@ class Crew:
         self._charge(job, reply, payload, outcome)
         now = self._loop.time()
         if reply is not None:
-            self._unreached_since = None
+            self._heard_at, self._unreached_since = now, None
         if isinstance(outcome, Failure):
             await self._failed(job, reply, outcome, now)
         else:
@@ -622,6 +625,9 @@ class Crew:
 
     def _end_overdue(self, now: float) -> None:
         least_s = self._timeout.seconds(0)
+        many = len(self._flying) >= max(SILENT, self._line.pacer.window / 2)
+        if many and self._policy.timeout_s is None and now - self._heard_at > least_s / 2:
+            least_s = max(least_s, SILENCE_S)  # what is in flight is not lost one by one: it may be paid for, all of it
         for job in self._flying:
             waited_s = now - job.started
             if waited_s <= least_s:  # and whatever was sent after it has waited for less
