@@ -39,6 +39,15 @@ MOMENT = pd.DatetimeTZDtype("us", "UTC")  # what has no offset is taken as UTC: 
 DAY = "datetime64[us]"  # midnight
 
 _KINDS = {MOMENT: "date and time", DAY: "date", pd.Int64Dtype(): "whole number", pd.Float64Dtype(): "number"}
+_JSON_KINDS = {
+    str: ("string",),
+    bool: ("boolean",),
+    int: ("integer", "number"),
+    float: ("number",),
+    type(None): ("null",),
+    list: ("array",),
+    dict: ("object",),
+}
 _API_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _INT64 = range(-(1 << 63), 1 << 63)
 
@@ -314,7 +323,8 @@ def _is_mixed(schema: Any, root: JsonSchema, seen: set[str]) -> bool:
     if "anyOf" in schema or "prefixItems" in schema:
         branches = [*schema.get("anyOf", ()), *schema.get("prefixItems", ())]
         kinds = {_kind(_followed(branch, root)) for branch in branches} - {"null"}
-        inner = {kind for branch in branches for kind in _kinds(branch, root)} - {"null"}  # of `int | None`, integer
+        leaves = [leaf for branch in branches for leaf in _branches(branch, root)]
+        inner = {_kind(leaf) for leaf in leaves} - {"null"}  # of `int | None`, integer
         several = any(len(each) > 1 and each != {"integer", "number"} for each in (kinds, inner))
         return several or any(_is_mixed(branch, root, seen) for branch in branches)
     if "enum" in schema:
@@ -326,10 +336,12 @@ def _is_mixed(schema: Any, root: JsonSchema, seen: set[str]) -> bool:
     return _kind(schema) is None or any(_is_mixed(each, root, seen) for each in schema.get("properties", {}).values())
 
 
-def _kinds(schema: Any, root: JsonSchema) -> set[Any]:
+def _branches(schema: Any, root: JsonSchema) -> list[JsonSchema]:
+    """Give the schemas of which a value has one, of a union in a union too."""
     schema = _followed(schema, root)
-    branches = schema.get("anyOf", ())
-    return {kind for branch in branches for kind in _kinds(branch, root)} if branches else {_kind(schema)}
+    if "anyOf" not in schema:
+        return [schema]
+    return [branch for each in schema["anyOf"] for branch in _branches(each, root)]
 
 
 def _kind(schema: JsonSchema) -> Any:
@@ -429,20 +441,43 @@ def _pruned(value: Any, schema: Any, root: JsonSchema) -> Any:
     """Leave out the nulls that stand for an absent property: strict mode makes the model write every one."""
     schema = _followed(schema, root)
     if isinstance(value, list):
-        return [_pruned(item, schema.get("items"), root) for item in value]
+        items = [branch["items"] for branch in _branches(schema, root) if "items" in branch]
+        return [_pruned(item, {"anyOf": items}, root) for item in value]
     if not isinstance(value, dict):
         return value
     if "anyOf" in schema:
-        for branch in schema["anyOf"]:
-            if value.keys() <= _followed(branch, root).get("properties", {}).keys():
-                return _pruned(value, branch, root)
-        return value
+        branches = [branch for branch in _branches(schema, root) if branch.get("type") != "null"]
+        if len(branches) > 1:
+            branches = [branch for branch in branches if value.keys() <= branch.get("properties", {}).keys()]
+        if not branches:
+            return value
+        schema = max(branches, key=lambda branch: _closeness(value, branch, root))
     properties, required = schema.get("properties", {}), schema.get("required", ())
     return {
         name: _pruned(item, properties.get(name), root)
         for name, item in value.items()
         if not (item is None and name not in required and not takes_null(_followed(properties.get(name), root)))
     }
+
+
+def _closeness(value: dict[str, Any], schema: JsonSchema, root: JsonSchema) -> int:
+    """Count the properties that are as a schema has them: unions are told apart by one's word, or by one's kind.
+
+    What is inside them is not looked at, which would take ever longer with each union in a union.
+    """
+    properties, required = schema.get("properties", {}), schema.get("required", ())
+    return sum(
+        (item is None and name not in required) or _may_be(item, properties.get(name), root)
+        for name, item in value.items()
+    )
+
+
+def _may_be(value: Any, schema: Any, root: JsonSchema) -> bool:
+    """Whether a value is one of those named, or of a kind that a schema takes."""
+    return any(
+        value in branch["enum"] if "enum" in branch else branch.get("type") in (None, *_JSON_KINDS[type(value)])
+        for branch in _branches(schema, root)
+    )
 
 
 def _reasons(errors: list[tuple[Any, str]]) -> str:

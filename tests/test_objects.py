@@ -144,6 +144,79 @@ def test_a_null_stands_for_an_optional_property_that_takes_none() -> None:
     assert schema.read('{"a": null, "b": 1}') == {"b": 1}
 
 
+class Fish(BaseModel):
+    kind: Literal["fish"]
+    age: int | None
+    size: int | None = 1
+
+
+class Bird(BaseModel):
+    kind: Literal["bird"]
+    age: int = 1
+    size: int = 2
+
+
+class Crowd(BaseModel):
+    count: int
+    age: int = 3
+    size: int | None
+
+
+class Zoo(BaseModel):
+    star: Annotated[Fish | Bird, Field(discriminator="kind")]
+    others: list[Fish | Bird] | list[int] | None = None
+    best: list[Fish | (Bird | Crowd)] = []
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        (
+            '{"star": {"kind": "bird", "age": null, "size": null}, "others": null, "best": null}',
+            Zoo(star=Bird(kind="bird")),
+        ),
+        (
+            """{"star": {"kind": "fish", "age": null, "size": null},
+            "others": [{"kind": "bird", "age": 7, "size": null}],
+            "best": [{"kind": "bird", "age": null, "size": 7}, {"count": 4, "age": null, "size": null}]}""",
+            Zoo(
+                star=Fish(kind="fish", age=None, size=None),
+                others=[Bird(kind="bird", age=7)],
+                best=[Bird(kind="bird", size=7), Crowd(count=4, size=None)],
+            ),
+        ),
+    ],
+)
+def test_a_null_stands_for_an_absent_property_of_the_one_of_a_union_that_the_answer_is(text: str, read: Zoo) -> None:
+    assert of_model(Zoo).read(text) == read
+
+
+def test_a_null_stands_for_an_absent_property_where_one_value_of_a_list_may_be_none() -> None:
+    class Herd(BaseModel):
+        birds: list[Bird] | None
+
+    read = of_model(Herd).read('{"birds": [{"kind": "bird", "age": null, "size": 3, "more": 1}]}')
+    assert read == Herd(birds=[Bird(kind="bird", size=3)])
+
+
+def test_a_null_stands_for_an_absent_property_in_the_one_of_a_json_schemas_that_the_answer_is() -> None:
+    one = {"properties": {"k": {"const": "a"}, "n": {"type": ["integer", "null"]}}, "required": ["k", "n"]}
+    other = {"properties": {"k": {"const": "b"}, "n": {"type": "integer"}}, "required": ["k"]}
+    third = {"properties": {"k": {"type": "integer"}, "n": {"type": "integer"}}, "required": ["k"]}
+    schema = of_json_schema({"type": "object", "properties": {"v": {"oneOf": [one, other, third]}}, "required": ["v"]})
+    assert schema.read('{"v": {"k": "a", "n": null}}') == {"v": {"k": "a", "n": None}}
+    assert schema.read('{"v": {"k": "b", "n": null}}') == {"v": {"k": "b"}}
+    assert schema.read('{"v": {"k": 3, "n": null}}') == {"v": {"k": 3}}
+
+
+def test_a_null_in_a_union_is_asked_for_once(server: SimulatedServer) -> None:
+    text = '{"star": {"kind": "bird", "age": null, "size": null}, "others": null, "best": null}'
+    frame = pd.DataFrame({"text": [f"[[say={text}]]"]})
+    out = frame.llm.complete("{text}", schema=Zoo, model="m", base_url=server.base_url, progress=False)
+    assert out["response_status"].tolist() == ["ok"]
+    assert server.stats().answered == 1
+
+
 def test_a_validator_of_the_users_own_may_raise_anything() -> None:
     class Picky(BaseModel):
         name: str
