@@ -29,7 +29,17 @@ from llmframe.errors import LLMFrameError, SchemaError
 from llmframe.messages import well_formed
 from llmframe.repair import QUOTED, Unfit, read_answer
 from llmframe.results import text_dtype
-from llmframe.strict import JsonSchema, canonical_form, check_required, is_loose, plain, strict, takes_null, target
+from llmframe.strict import (
+    JsonSchema,
+    canonical_form,
+    check_required,
+    is_loose,
+    plain,
+    strict,
+    takes_null,
+    target,
+    with_nulls,
+)
 
 NAME = "answer"  # of a schema without a title that the API would take
 REASONS = 3  # told of an answer that does not fit; the first ones explain the rest
@@ -145,7 +155,7 @@ def of_json_schema(schema: Mapping[str, Any]) -> Objects:
         raise SchemaError(f"the JSON schema is not valid: {error.message:.200}; see json-schema.org") from error
     simple = _object(plain(own))
     extended: Any = jsonschema.validators.extend  # untyped in its stubs
-    checker = extended(jsonschema.Draft202012Validator, {"multipleOf": _multiple_of})(own)
+    checker = extended(jsonschema.Draft202012Validator, {"multipleOf": _multiple_of})(with_nulls(own))
 
     def validate(found: dict[str, Any]) -> dict[str, Any]:
         errors = sorted(checker.iter_errors(found), key=lambda error: list(map(str, error.absolute_path)))

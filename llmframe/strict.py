@@ -43,7 +43,9 @@ LOOSE = frozenset(
 )  # no server's strict mode has them
 UNFOLDED = 10_000_000  # characters of a key with its references followed; eight models that know one another have more
 _JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null", list: "array"}
-OWN_MAPS = frozenset({"properties", "$defs", "patternProperties", "dependentSchemas"})  # names in them are the user's
+OWN_MAPS = frozenset(  # names in them are the user's
+    {"properties", "$defs", "definitions", "patternProperties", "dependentSchemas"}
+)
 
 
 def plain(schema: Mapping[str, Any]) -> JsonSchema:
@@ -228,13 +230,27 @@ def _mapped(schema: JsonSchema, change: Callable[[Any], Any]) -> JsonSchema:
     for name, value in schema.items():
         if name in OWN_MAPS:
             made[name] = {key: change(item) for key, item in value.items()}
-        elif name in ("anyOf", "allOf", "prefixItems"):
+        elif name in ("anyOf", "oneOf", "allOf", "prefixItems"):
             made[name] = [change(item) for item in value]
         elif name in ("items", "additionalProperties", "not", "if", "then", "else"):
             made[name] = change(value)
         else:
             made[name] = value
     return made
+
+
+def with_nulls(schema: Any) -> Any:
+    """Say OpenAPI's ``nullable`` as JSON Schema does, in a schema that is as it came.
+
+    Examples
+    --------
+    >>> with_nulls({"type": "string", "nullable": True})
+    {'anyOf': [{'type': 'string'}, {'type': 'null'}]}
+    """
+    if not isinstance(schema, dict):
+        return schema
+    made = _mapped(schema, with_nulls)
+    return {"anyOf": [made, {"type": "null"}]} if made.pop("nullable", False) is True else made
 
 
 def is_loose(schema: JsonSchema) -> bool:

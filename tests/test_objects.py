@@ -191,12 +191,15 @@ def test_a_null_stands_for_an_absent_property_of_the_one_of_a_union_that_the_ans
     assert of_model(Zoo).read(text) == read
 
 
-def test_a_null_stands_for_an_absent_property_where_one_value_of_a_list_may_be_none() -> None:
+def test_nulls_are_told_apart_in_the_items_of_a_list_that_may_be_null() -> None:
     class Herd(BaseModel):
         birds: list[Bird] | None
+        fish: list[Fish] | None
 
-    read = of_model(Herd).read('{"birds": [{"kind": "bird", "age": null, "size": 3, "more": 1}]}')
-    assert read == Herd(birds=[Bird(kind="bird", size=3)])
+    text = """{"birds": [{"kind": "bird", "age": null, "size": 3, "more": 1}],
+    "fish": [{"kind": "fish", "age": null, "size": null}]}"""
+    read = of_model(Herd).read(text)
+    assert read == Herd(birds=[Bird(kind="bird", size=3)], fish=[Fish(kind="fish", age=None, size=None)])
 
 
 def test_a_null_stands_for_an_absent_property_in_the_one_of_a_json_schemas_that_the_answer_is() -> None:
@@ -207,6 +210,30 @@ def test_a_null_stands_for_an_absent_property_in_the_one_of_a_json_schemas_that_
     assert schema.read('{"v": {"k": "a", "n": null}}') == {"v": {"k": "a", "n": None}}
     assert schema.read('{"v": {"k": "b", "n": null}}') == {"v": {"k": "b"}}
     assert schema.read('{"v": {"k": 3, "n": null}}') == {"v": {"k": 3}}
+
+
+def test_a_null_that_openapis_nullable_allows_fits_and_is_asked_for_once(server: SimulatedServer) -> None:
+    named = {"type": "string", "nullable": True}
+    schema = {
+        "type": "object",
+        "properties": {
+            "nullable": {"$ref": "#/definitions/named"},
+            "kinds": {"type": "array", "items": {"enum": ["a"], "nullable": True}},
+            "one": {"oneOf": [named, {"type": "integer"}]},
+            "inner": {"type": "object", "properties": {"a": named, "b": {"const": {"nullable": True}}}},
+            "never": {"type": "string", "nullable": False},
+        },
+        "required": ["nullable", "kinds", "one", "inner", "never"],
+        "definitions": {"named": named},
+    }
+    text = """{"nullable": null, "kinds": [null], "one": null, "inner": {"a": null, "b": {"nullable": true}},
+    "never": "."}"""
+    frame = pd.DataFrame({"text": [f"[[say={text}]]"]})
+    out = frame.llm.complete("{text}", schema=schema, model="m", base_url=server.base_url, progress=False)
+    assert out["response_status"].tolist() == ["ok"]
+    assert server.stats().answered == 1
+    with pytest.raises(Unfit, match="never"):
+        of_json_schema(schema).read(text.replace('"."', "null"))
 
 
 def test_a_null_in_a_union_is_asked_for_once(server: SimulatedServer) -> None:
