@@ -23,7 +23,7 @@ import pydantic
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import to_jsonable_python
-from pydantic_core.core_schema import DecimalSchema
+from pydantic_core.core_schema import DataclassField, DecimalSchema, ModelField, TypedDictField
 
 from llmframe.errors import LLMFrameError, SchemaError
 from llmframe.messages import well_formed
@@ -240,6 +240,10 @@ class _Held(GenerateJsonSchema):
     def decimal_schema(self, schema: DecimalSchema) -> dict[str, Any]:  # noqa: ARG002
         return {"type": "string"}
 
+    def field_is_required(self, field: ModelField | DataclassField | TypedDictField, total: bool) -> bool:
+        """Tell that a model's instance has every field, whatever the answer leaves to its default."""
+        return field["type"] != "typed-dict-field" or super().field_is_required(field, total)
+
 
 def _inside(model: type[pydantic.BaseModel]) -> type[pydantic.BaseModel]:
     """Give the model whose fields an answer has: of a RootModel it is the one that it holds."""
@@ -336,6 +340,8 @@ def _is_mixed(schema: Any, root: JsonSchema, seen: set[str]) -> bool:
         leaves = [leaf for branch in branches for leaf in _branches(branch, root)]
         inner = {_kind(leaf) for leaf in leaves} - {"null"}  # of `int | None`, integer
         several = any(len(each) > 1 and each != {"integer", "number"} for each in (kinds, inner))
+        nested = [leaf for leaf in leaves if _kind(leaf) in ("object", "array")]
+        several = several or any(leaf != nested[0] for leaf in nested)
         return several or any(_is_mixed(branch, root, seen) for branch in branches)
     if "enum" in schema:
         return len({type(value) for value in schema["enum"] if value is not None}) > 1
@@ -343,7 +349,10 @@ def _is_mixed(schema: Any, root: JsonSchema, seen: set[str]) -> bool:
         return _is_mixed(schema.get("items", True), root, seen)
     if _kind(schema) == "object" and (schema.get("additionalProperties") or not schema.get("properties")):
         return True  # parquet would give every row the keys of all, and write no empty one at all
-    return _kind(schema) is None or any(_is_mixed(each, root, seen) for each in schema.get("properties", {}).values())
+    properties = schema.get("properties", {})
+    if any(name not in schema.get("required", ()) for name in properties):
+        return True  # the same
+    return _kind(schema) is None or any(_is_mixed(each, root, seen) for each in properties.values())
 
 
 def _branches(schema: Any, root: JsonSchema) -> list[JsonSchema]:
@@ -432,6 +441,8 @@ def _cell(value: Any, dtype: Any, name: str) -> Any:
         return value
     if isinstance(value, str | Decimal):
         return well_formed(str(value))
+    if isinstance(value, date):  # or a moment
+        return value.isoformat()
     return _json(value, name)
 
 

@@ -14,6 +14,7 @@ import pydantic
 import pytest
 from pydantic import BaseModel, Field
 from pydantic.json_schema import SkipJsonSchema
+from typing_extensions import TypedDict
 
 from llmframe.errors import SchemaError
 from llmframe.objects import DAY, MOMENT, Objects, of_json_schema, of_model
@@ -468,6 +469,66 @@ def test_objects_whose_keys_differ_come_back_from_parquet_each_with_its_own() ->
     assert back["by_word"].isna().tolist() == [False] * 3 + [True]
 
 
+class Counted(BaseModel):
+    kind: Literal["counted"]
+    value: int
+
+
+class Told(BaseModel):
+    kind: Literal["told"]
+    value: str
+    by: str = ""
+
+
+class Partly(TypedDict, total=False):
+    a: int
+    b: str
+
+
+def test_what_is_one_of_several_objects_or_lists_comes_back_from_parquet_as_it_was() -> None:
+    class Found(BaseModel):
+        one: Counted | Told
+        several: list[int] | list[str] | None
+        pair: tuple[list[int], list[str]]
+        partly: Partly
+        alike: tuple[Told, Told]
+
+    texts = [
+        """{"one": {"kind": "counted", "value": 1}, "several": [1], "pair": [[1], []], "partly": {"a": 1},
+        "alike": [{"kind": "told", "value": "x"}, {"kind": "told", "value": "y"}]}""",
+        """{"one": {"kind": "told", "value": "x"}, "several": ["x"], "pair": [[], ["x"]], "partly": {"b": "x"},
+        "alike": [{"kind": "told", "value": ""}, {"kind": "told", "value": "z"}]}""",
+    ]
+    back = written_and_read(of_model(Found), *texts)
+    assert back["one"].tolist()[:2] == ['{"kind":"counted","value":1}', '{"kind":"told","value":"x","by":""}']
+    assert back["several"].tolist()[:2] == ["[1]", '["x"]']
+    assert back["pair"].tolist()[:2] == ["[[1],[]]", '[[],["x"]]']
+    assert back["partly"].tolist()[:2] == ['{"a":1}', '{"b":"x"}']
+    assert [cell["value"] for cell in back["alike"][1]] == ["", "z"]
+
+
+def test_an_object_of_a_json_schema_that_may_lack_a_property_comes_back_from_parquet_without_it() -> None:
+    part: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}}
+    whole = {**part, "required": ["a", "b"]}
+    schema = of_json_schema({"type": "object", "properties": {"part": part, "whole": whole}})
+    texts = ['{"part": {"a": 1}, "whole": {"a": 1, "b": "x"}}', '{"part": {"b": "x"}, "whole": {"a": 2, "b": "y"}}']
+    back = written_and_read(schema, *texts)
+    assert back["part"].tolist()[:2] == ['{"a":1}', '{"b":"x"}']
+    assert back["whole"].tolist()[:2] == [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}]
+
+
+def test_a_date_among_texts_is_written_as_the_answer_has_it() -> None:
+    class Due(BaseModel):
+        due: date | str
+        at: date | datetime
+
+    schema = of_model(Due)
+    for text in ("2024-01-01", "soon"):
+        assert schema.cells(schema.read(f'{{"due": "{text}", "at": "2024-01-01"}}'))["due"] == text
+    for text in ("2024-01-01", "2024-01-01T10:00:00+00:00"):
+        assert schema.cells(schema.read(f'{{"due": "soon", "at": "{text}"}}'))["at"] == text
+
+
 def test_lists_and_objects_come_back_from_a_plain_read_parquet() -> None:
     class Order(BaseModel):
         items: list[Person]
@@ -565,7 +626,7 @@ def test_a_discriminated_union_is_asked_for_strictly_and_read_as_the_one_it_is()
     parsed = schema.read('{"pet": {"kind": "dog", "tricks": ["sit"]}, "others": [{"kind": "cat", "lives": 9}]}')
     assert parsed == Owner(pet=Dog(kind="dog", tricks=["sit"]), others=[Cat(kind="cat", lives=9)])
     cells = schema.cells(parsed)
-    assert cells["pet"] == {"kind": "dog", "tricks": ["sit"]}
+    assert cells["pet"] == '{"kind":"dog","tricks":["sit"]}'
     with pytest.raises(Unfit, match="pet"):
         schema.read('{"pet": {"kind": "bird"}, "others": []}')
     back = written_and_read(schema, '{"pet": {"kind": "cat", "lives": 9}, "others": []}')
