@@ -164,7 +164,8 @@ class Outcomes:
             By suffix, the answer's own being empty.
         """
         embedding = answer == "embedding"
-        made: dict[str, Any] = {"": (self._vector_cells() if embedding else self.cells(answer))[request_of]}
+        answers = self._vector_cells() if embedding else self.cells(answer)
+        made: dict[str, Any] = {"": by_row(answers, request_of, first)}
         twins = _twins(request_of, first)
         codes = self.statuses(request_of)
         for suffix in suffixes(details, embedding):
@@ -229,6 +230,25 @@ class Outcomes:
     def _free(self, request_of: npt.NDArray[np.intp], twins: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """Tell the rows whose answer another row has paid for."""
         return twins & (np.frombuffer(self._sources, np.int8)[request_of] >= 0)
+
+
+def by_row(
+    cells: npt.NDArray[np.object_], request_of: npt.NDArray[np.intp], first: npt.NDArray[np.intp]
+) -> npt.NDArray[np.object_]:
+    """Give each row the cell of its request, and each twin a list or dict of its own: a change in one is in no other.
+
+    The vectors of embeddings stay views of their matrix.
+    """
+    made = cells[request_of]
+    for position in np.flatnonzero(_twins(request_of, first)).tolist():
+        made[position] = _copied(made[position])
+    return made
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    return {name: _copied(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def _twins(request_of: npt.NDArray[np.intp], first: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:

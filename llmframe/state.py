@@ -18,7 +18,7 @@ import pandas as pd
 from llmframe.engine import Tally
 from llmframe.messages import Message
 from llmframe.options import Options
-from llmframe.outcomes import NOT_SELECTED, Outcomes
+from llmframe.outcomes import NOT_SELECTED, Outcomes, by_row
 from llmframe.pacing import Pacer
 from llmframe.planning import Plan, output_dtypes
 from llmframe.prompts import Missing, Prompts
@@ -126,7 +126,7 @@ class State:
             rows = [schema.cells(parsed) for parsed in self.outcomes.cells("parsed")]
             for name in schema.columns:
                 cells = np.fromiter((row.get(name) for row in rows), object, len(rows))
-                made[property_column("", name)] = cells[plan.request_of]
+                made[property_column("", name)] = by_row(cells, plan.request_of, plan.first)
         return made
 
     def frame(self) -> pd.DataFrame:

@@ -237,6 +237,14 @@ def test_a_null_that_openapis_nullable_allows_fits_and_is_asked_for_once(server:
         of_json_schema(schema).read(text.replace('"."', "null"))
 
 
+def test_a_change_in_the_list_of_one_row_is_in_no_other(server: SimulatedServer) -> None:
+    schema = {"type": "object", "properties": {"tags": {"type": "array", "items": {"type": "string"}}}}
+    frame = pd.DataFrame({"text": ['[[say={"tags": ["x"]}]]'] * 2})
+    out = frame.llm.complete("{text}", schema=schema, model="m", base_url=server.base_url, progress=False)
+    out.loc[0, "response_tags"].append("y")
+    assert out["response_tags"].tolist() == [["x", "y"], ["x"]]
+
+
 def test_a_null_in_a_union_is_asked_for_once(server: SimulatedServer) -> None:
     text = '{"star": {"kind": "bird", "age": null, "size": null}, "others": null, "best": null}'
     frame = pd.DataFrame({"text": [f"[[say={text}]]"]})

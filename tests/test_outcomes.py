@@ -9,7 +9,7 @@ import pandas as pd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmframe.outcomes import NOT_ASKED, NOT_SELECTED, Outcomes
+from llmframe.outcomes import NOT_ASKED, NOT_SELECTED, Outcomes, by_row
 from llmframe.results import DETAILS, SOURCES, STATUSES, SUFFIXES, Completion, column_dtype, text_dtype, twin, typed
 
 COUNT = st.none() | st.integers(0, 2**53)
@@ -91,6 +91,18 @@ def test_a_labelled_column_holds_what_the_schema_read() -> None:
     rows = np.arange(2)
     assert outcomes.columns(rows, rows, {}, details=False, answer="parsed")[""].tolist() == [1, None]
     assert outcomes.columns(rows, rows, {}, details=False)[""].tolist() == ["1", None]
+
+
+def test_rows_of_one_request_have_lists_and_dicts_of_their_own() -> None:
+    outcomes = Outcomes(1)
+    outcomes.put(0, Completion(text=["a", "b"], status="ok"))
+    request_of, first = np.array([0, -1, 0]), np.array([0])
+    made = outcomes.columns(request_of, first, {}, details=False)[""]
+    made[0].append("c")
+    assert made.tolist() == [["a", "b", "c"], None, ["a", "b"]]
+    nested = by_row(np.array([{"tags": [{"name": "x"}]}, None], object), request_of, first)
+    nested[2]["tags"][0]["name"] = "y"
+    assert nested.tolist() == [{"tags": [{"name": "x"}]}, None, {"tags": [{"name": "y"}]}]
 
 
 def test_what_has_no_outcome_is_pending() -> None:
