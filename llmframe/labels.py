@@ -114,7 +114,7 @@ def _plain(label: Any) -> Any:
     return int(label) if isinstance(label, int) and not isinstance(label, bool) else label
 
 
-def read_labels(schema: Sequence[Any] | np.ndarray[Any, Any], output: str = PROPERTY) -> Labels:
+def read_labels(schema: Sequence[Any], output: str = PROPERTY) -> Labels:
     """Read a list of labels.
 
     Parameters

@@ -6,10 +6,12 @@ comes back, and name the columns that it fills.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import enum
+from collections.abc import KeysView, Mapping, Sequence, ValuesView
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
+import pandas as pd
 import pydantic
 
 from llmframe.errors import SchemaError
@@ -21,6 +23,9 @@ __all__ = ["Labels", "Objects", "Schema", "Unfit", "read_schema"]
 
 Schema = Labels | Objects
 
+SHOWN = 80  # characters of what is no schema; beyond them it is called by its type
+_ORDERED = (pd.Index, pd.Series, pd.api.extensions.ExtensionArray, KeysView, ValuesView, enum.EnumMeta)
+
 
 def read_schema(schema: Any, output: str = PROPERTY) -> Schema | None:
     """Read the ``schema=`` of a call.
@@ -28,7 +33,7 @@ def read_schema(schema: Any, output: str = PROPERTY) -> Schema | None:
     Parameters
     ----------
     schema : list of str, list of int, pydantic model, dict or None
-        Labels, a class, or a JSON schema.
+        Labels (also an array, an index, a series, an enum's class or a ``Literal``), a class, or a JSON schema.
     output : str
         The column that it is for: with labels its name tells the model what they are about.
 
@@ -53,10 +58,23 @@ def read_schema(schema: Any, output: str = PROPERTY) -> Schema | None:
         if isinstance(own, Mapping) and isinstance(own.get("schema"), Mapping) and "properties" not in own:
             raise SchemaError("schema= is a response_format and not a JSON schema; pass what is under its 'schema' key")
         return of_json_schema(schema)
-    several = schema.ndim > 0 if isinstance(schema, np.ndarray) else isinstance(schema, Sequence)
-    if isinstance(schema, str | bytes) or not several:
+    labels = _listed(schema)
+    if labels is None:
+        shown = repr(schema)
+        if len(shown) > SHOWN or "\n" in shown:
+            shown = f"<{type(schema).__name__}>"
         raise SchemaError(
-            f"schema={schema!r:.80} is no schema; pass a list of labels, as in schema=['positive', 'negative'], "
+            f"schema={shown} is no schema; pass a list of labels, as in schema=['positive', 'negative'] or list(...), "
             "a pydantic model (the class), or a JSON schema as a dict"
         )
-    return read_labels(schema, output)
+    return read_labels(labels, output)
+
+
+def _listed(schema: Any) -> list[Any] | None:
+    """Give what may be labels in the order that they have; None for what has none, or is one thing."""
+    if get_origin(schema) is Literal:
+        return list(get_args(schema))
+    if isinstance(schema, np.ndarray):
+        return list(schema) if schema.ndim else None
+    ordered = isinstance(schema, Sequence) and not isinstance(schema, str | bytes)
+    return list(schema) if ordered or isinstance(schema, _ORDERED) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
 import numpy as np
@@ -57,6 +57,20 @@ SCORE = Labels((1, 2, 10))
         (list(Feeling), ("good", "bad")),
         (list(Plain), ("good", "bad")),
         (list(Stars), (1, 2)),
+        (pd.Series(["b", "a", "b"]).unique(), ("b", "a")),
+        (pd.Series(["b", "a"], dtype="string").array, ("b", "a")),
+        (pd.Series(["b", "a"]).astype("category").cat.categories, ("a", "b")),
+        (pd.Index([3, 1]), (3, 1)),
+        (pd.Series([3, 1], index=[0, 0]), (3, 1)),
+        (pd.array([3, 1], dtype="Int64"), (3, 1)),
+        ({"b": 1, "a": 2}.keys(), ("b", "a")),
+        ({1: "b", 2: "a"}.values(), ("b", "a")),
+        (Literal["b", "a"], ("b", "a")),
+        (Literal[2, 1], (2, 1)),
+        (Mood, ("good", "bad")),
+        (Feeling, ("good", "bad")),
+        (Plain, ("good", "bad")),
+        (Stars, (1, 2)),
     ],
 )
 def test_labels_keep_their_order_and_their_type(schema: Any, values: Any) -> None:
@@ -102,7 +116,13 @@ def test_no_schema_is_none() -> None:
         ("positive", "schema='positive' is no schema; pass a list of labels"),
         (np.array("positive"), "is no schema; pass a list of labels"),
         (b"ab", "is no schema; pass a list of labels"),
-        ({"a", "b"}, "is no schema; pass a list of labels"),
+        ({"a"}, r"schema=\{'a'\} is no schema; pass a list of labels, as in .* or list\(...\)"),
+        (set(map(str, range(99))), "schema=<set> is no schema; pass a list of labels"),
+        (pd.DataFrame({"a": ["b"]}), "schema=<DataFrame> is no schema; pass a list of labels"),
+        (pd.Series(["a", "b", "a"]), "the label 'a' is given 2 times; give each label once"),
+        (pd.Series(["a", None]), "the label nan is of type float|the label None is of type NoneType"),
+        (Literal["a", None], "the label None is of type NoneType"),
+        (int, "schema=<class 'int'> is no schema"),
         ({"type": "object"}, "not that of an object with properties"),
         (5, "schema=5 is no schema"),
         (np.array("a"), "is no schema; pass a list of labels"),
