@@ -18,6 +18,7 @@ import pandas as pd
 from llmframe.errors import ConfigurationError, TemplateError
 from llmframe.images import Attachment, CannotRead, attach, attachments_of
 from llmframe.messages import Messages, check_messages, kind, user, well_formed
+from llmframe.results import PANDAS_3
 from llmframe.templates import Template, read_template, written
 
 Na = Literal["skip", "raise", "keep"]
@@ -122,7 +123,7 @@ class Prompts:
             )
         if na not in ("skip", "raise", "keep"):
             raise ConfigurationError(f"na={na!r} is not known; it is 'skip', 'raise' or 'keep'")
-        self.frame = frame
+        self.frame = frame.copy(deep=False)  # rows are rendered as they are asked: what the user edits meanwhile is not
         self._na = na
         self._labels = set(frame.columns)
         self._names = _names(frame)
@@ -141,6 +142,8 @@ class Prompts:
             count = labels.count(column)
             if count > 1:
                 raise TemplateError(f"column {column!r} appears {count} times in the frame; give each its own name")
+            if not PANDAS_3:  # which copies on write; before it a shallow copy shares its values
+                self.frame[column] = frame[column].copy()
         self._made: dict[int, Messages | None] = {}
         self._files: dict[int, bytes] = {}  # by position: the digest of what a row's files held for its key
         shown = {"prompt": self._shown(prompt), "system": system, "examples": self._examples}

@@ -30,7 +30,7 @@ STATUSES: tuple[Status, ...] = (
 )
 """Every status, from the best to the one furthest from an answer."""
 
-_PANDAS_3 = int(pd.__version__.split(".")[0]) >= 3
+PANDAS_3 = int(pd.__version__.split(".")[0]) >= 3
 
 PAID: frozenset[Status] = frozenset({"ok", "truncated", "filtered", "refused", "invalid"})
 """The statuses of an answer that was paid for: a checkpoint gives it back and never asks again."""
@@ -170,7 +170,7 @@ def property_column(output: str, name: str) -> str:
 
 def text_dtype() -> Any:
     """Give pandas' own string type: `str` on pandas 3, ``string[pyarrow]`` before it."""
-    return pd.Series([""]).dtype if _PANDAS_3 else pd.StringDtype("pyarrow")
+    return pd.Series([""]).dtype if PANDAS_3 else pd.StringDtype("pyarrow")
 
 
 def column_dtype(suffix: str, answer_dtype: Any) -> Any:

@@ -120,6 +120,38 @@ def test_rows_come_in_the_order_of_the_positions_asked_for_over_many_chunks() ->
     ]
 
 
+def write_one(frame: pd.DataFrame) -> None:
+    frame.loc[0, "x"] = "edited"
+
+
+def write_all(frame: pd.DataFrame) -> None:
+    frame["x"] = frame["x"].str.upper()
+
+
+def grow(frame: pd.DataFrame) -> None:
+    frame.loc[3] = ["more"]
+
+
+def delete(frame: pd.DataFrame) -> None:
+    del frame["x"]
+
+
+def rename(frame: pd.DataFrame) -> None:
+    frame.columns = ["y"]
+
+
+@pytest.mark.parametrize("edit", [write_one, write_all, grow, delete, rename])
+@pytest.mark.parametrize("prompt", ["x", "{x}", lambda row: row.x])
+@pytest.mark.parametrize("dtype", ["object", "string"])
+def test_what_is_edited_in_the_frame_meanwhile_is_not_sent(
+    dtype: str, prompt: Any, edit: Callable[[pd.DataFrame], None]
+) -> None:
+    frame = pd.DataFrame({"x": pd.Series(["a", "b", "edited"], dtype=dtype)})
+    prompts = Prompts(frame, prompt)
+    edit(frame)
+    assert [messages[0]["content"] for messages in prompts.render()] == ["a", "b", "edited"]
+
+
 @pytest.mark.parametrize("frame", [pd.DataFrame({"x": []}), pd.DataFrame({"x": [1]}).head(0)])
 @pytest.mark.parametrize("prompt", ["x", "{x}", lambda _: "a", [{"role": "user", "content": "{x}"}]])
 def test_an_empty_frame_gives_no_messages(frame: pd.DataFrame, prompt: Any) -> None:
