@@ -631,14 +631,29 @@ def _stopped(error: Any, state: State, listed: bool) -> Any:
         error.frame = state.frame()
         if listed:  # of a million rows they take 12 s to make, and whoever pressed Ctrl-C waits
             error.completions = state.completions()
-    if state.options.checkpoint is not None and state.unsaved is None:
-        way = f"the same call goes on from {state.options.checkpoint}"
-    else:
-        verb, usual = ("embed", "embedding") if state.options.embeds else ("complete", "response")
-        output = "" if state.options.output == usual else f", output={state.options.output!r}"
-        way = f"go on with llmframe.last_run().frame.llm.{verb}(..., where='missing'{output})"
     words = str(error) or "cancelled"
     if state.unsaved is not None and state.unsaved not in words:
         words = f"{words}; {state.unsaved}"
-    error.args = (f"{words} ({state.rows_done:,} of {state.rows:,} rows are done; {way})",)
+    error.args = (f"{words} ({state.rows_done:,} of {state.rows:,} rows are done; {_way_on(state)})",)
     return error
+
+
+def _way_on(state: State) -> str:
+    """Say how a run that was stopped goes on without paying twice."""
+    options = state.options
+    if options.checkpoint is not None and state.unsaved is None:
+        if options.refresh:
+            return (
+                f"refresh=True would ask them all again; without it the call takes what {options.checkpoint} holds, "
+                "for rows not refreshed the old answers, and asks the rest"
+            )
+        return f"the same call goes on from {options.checkpoint}"
+    verb, usual = ("embed", "embedding") if options.embeds else ("complete", "response")
+    output = "" if options.output == usual else f", output={options.output!r}"
+    if options.where is None or isinstance(options.where, str):
+        return f"go on with llmframe.last_run().frame.llm.{verb}(..., where='missing'{output})"
+    # where='missing' would also ask the rows that the mask left out
+    status = f"{options.output}_status"
+    return (
+        f"go on with out = llmframe.last_run().frame; out.llm.{verb}(..., where=out[{status!r}] == 'pending'{output})"
+    )

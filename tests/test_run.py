@@ -20,7 +20,7 @@ import pytest
 
 import llmframe
 from llmframe import engine, failures, loops
-from llmframe.errors import ConfigurationError, EndpointError, Interrupted, LLMFrameError, RowFailed
+from llmframe.errors import BudgetExceeded, ConfigurationError, EndpointError, Interrupted, LLMFrameError, RowFailed
 from tests.server import SimulatedServer
 from tests.test_endpoint import LOCALHOST, tls_server
 
@@ -231,6 +231,27 @@ def test_without_a_checkpoint_the_partial_frame_says_how_to_go_on(ask: Caller) -
     out = ask(llmframe.last_run().frame, where="missing")
     assert count(out) == {"ok": 500}
     assert set(ask.server.answered_by_content().values()) == {1}
+
+
+def test_the_way_on_for_a_mask_keeps_to_its_rows(ask: Caller) -> None:
+    mask = np.arange(60) < 20
+    with pytest.raises(BudgetExceeded, match=r"\.complete\(\.\.\., where=out\['response_status'\] == 'pending'\)"):
+        ask(texts(60), where=mask, max_tokens=5, max_tokens_total=200, max_concurrency=1)
+    out = llmframe.last_run().frame
+    assert 0 < (out["response_status"] == "pending").sum() < 20
+    out = ask(out, where=out["response_status"] == "pending", max_tokens=5)
+    assert out["response_status"].tolist() == ["ok"] * 20 + ["skipped"] * 40
+    assert ask.server.stats().answered == 20
+
+
+def test_a_refresh_that_was_stopped_does_not_say_that_the_same_call_goes_on(ask: Caller, checkpoint: Path) -> None:
+    budget: dict[str, Any] = {"max_tokens": 5, "max_tokens_total": 200, "max_concurrency": 1}
+    with pytest.raises(BudgetExceeded, match="refresh=True would ask them all again; without it the call takes"):
+        ask(texts(60), checkpoint=checkpoint, refresh=True, **budget)
+    paid = ask.server.stats().answered
+    assert 0 < paid < 60
+    assert count(ask(texts(60), checkpoint=checkpoint, max_tokens=5)) == {"ok": 60}
+    assert ask.server.stats().answered == 60
 
 
 def test_a_login_page_in_place_of_every_answer_is_an_endpoint_that_does_not_answer(
