@@ -16,6 +16,8 @@ from llmframe.errors import LLMFrameError, TemplateError
 Message = dict[str, Any]
 Messages = list[Message]
 
+NARROW = (np.dtype("float16"), np.dtype("float32"))  # widened as it is, 0.1 would be 0.10000000149011612
+
 
 def check_messages(value: Any, name: str) -> Messages:
     """Check one message array and copy it as plain lists and dicts.
@@ -87,7 +89,7 @@ def plain_json(value: Any, name: str, refused: type[LLMFrameError]) -> Any:
     if isinstance(value, Mapping):
         return {well_formed(str(key)): plain_json(item, f"{name}[{key!r}]", refused) for key, item in value.items()}
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
-        item = value.item()
+        item = float(str(value)) if value.dtype in NARROW else value.item()
         if not isinstance(item, np.generic):  # a long double gives itself
             return plain_json(item, name, refused)
     if isinstance(value, list | tuple | np.ndarray):

@@ -148,7 +148,9 @@ def call_options(
     ConfigurationError
         A value that a keyword cannot have, or an unknown keyword that is nearly one of ours or of the API's.
     """
-    return Options(**locals())
+    given = dict(locals())
+    given["params"] = {name: value for name, value in params.items() if value is not None}  # as any keyword of ours
+    return Options(**given)
 
 
 def embed_options(

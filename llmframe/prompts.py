@@ -17,13 +17,12 @@ import pandas as pd
 
 from llmframe.errors import ConfigurationError, TemplateError
 from llmframe.images import Attachment, CannotRead, attach, attachments_of
-from llmframe.messages import Messages, check_messages, kind, user, well_formed
+from llmframe.messages import NARROW, Messages, check_messages, kind, user, well_formed
 from llmframe.results import PANDAS_3
 from llmframe.templates import Template, read_template, written
 
 Na = Literal["skip", "raise", "keep"]
 
-NARROW = (np.dtype("float16"), np.dtype("float32"))
 CONTAINERS = frozenset({np.ndarray, list, tuple, dict})
 CHUNK = 1024  # rows made into Python objects at a time: enough to make pandas' cost per call vanish
 
@@ -361,9 +360,10 @@ def _values(column: pd.Series[Any], *, pictures: bool) -> list[Any]:
     """Give a column's values as Python objects, a missing one as None; a picture may be an array."""
     values: list[Any] = column.tolist()
     if column.dtype == object and not pictures:
-        values = _unpacked(values)
-    dtype: Any = getattr(column.dtype, "numpy_dtype", column.dtype)
-    if dtype in NARROW:  # widened as it is, 0.1 would be 0.10000000149011612 in the prompt
+        values = values if CONTAINERS.isdisjoint(map(type, values)) else list(map(_unpacked, values))
+    held: Any = column.dtype.categories.dtype if isinstance(column.dtype, pd.CategoricalDtype) else column.dtype
+    dtype: Any = getattr(held, "numpy_dtype", held)
+    if dtype in NARROW:
         values = [value if value is pd.NA else float(str(dtype.type(value))) for value in values]
     for place in np.flatnonzero(column.isna().to_numpy()):
         values[place] = None
@@ -371,18 +371,32 @@ def _values(column: pd.Series[Any], *, pictures: bool) -> list[Any]:
 
 
 def _unpacked(value: Any) -> Any:
-    """Give arrays as the lists they were before parquet: numpy's text of an array leaves out all but a few values."""
+    """Give a list, tuple, dict or array as it was before parquet: its text is that of plain Python.
+
+    numpy's text of an array leaves out all but a few values, and that of a scalar in a list is code.
+    """
     if isinstance(value, np.ndarray) and value.ndim:
-        if value.ndim > 1 or value.dtype == object:
-            return list(map(_unpacked, value))
-        if value.dtype in NARROW:
-            return [float(str(each)) for each in value]
+        if value.ndim > 1 or value.dtype == object or value.dtype in NARROW:
+            return list(map(_plain, value))
         return pd.Series(value).tolist() if value.dtype.kind in "mM" else value.tolist()  # which gives times as ints
     if type(value) is dict:
-        return {key: _unpacked(each) for key, each in value.items()}
-    if type(value) in (list, tuple) and not CONTAINERS.isdisjoint(map(type, value)):
-        return type(value)(map(_unpacked, value))
+        return {_plain(key): _plain(each) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        kinds = set(map(type, value))
+        if not CONTAINERS.isdisjoint(kinds) or any(issubclass(each, np.generic) for each in kinds):
+            return type(value)(map(_plain, value))
     return value
+
+
+def _plain(value: Any) -> Any:
+    """Give what is in a container as plain Python."""
+    if not isinstance(value, np.generic):
+        return _unpacked(value)
+    if isinstance(value, np.datetime64):
+        return pd.Timestamp(value)
+    if isinstance(value, np.timedelta64):
+        return pd.Timedelta(value)
+    return float(str(value)) if value.dtype in NARROW else value.item()
 
 
 def _from_column(column: Hashable) -> _Maker:

@@ -146,6 +146,8 @@ def test_json_is_copied_as_it_is(value: Any) -> None:
     [
         (np.float64(0.25), 0.25),
         (np.float32(0.25), 0.25),
+        (np.float32(0.1), 0.1),
+        (np.array([0.1], "float16"), [0.1]),
         (np.int64(3), 3),
         (np.bool_(True), True),
         (np.array(3), 3),

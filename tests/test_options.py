@@ -104,6 +104,12 @@ def test_an_unknown_keyword_goes_to_the_api_untouched() -> None:
     assert call_options(**params, extra_body={"min_p": 0.1}).params == {**params, "extra_body": {"min_p": 0.1}}
 
 
+def test_a_parameter_that_is_none_is_left_out_also_where_one_is_configured() -> None:
+    assert call_options(temperature=None, stop=None, extra_body={"a": None}).params == {"extra_body": {"a": None}}
+    configure(temperature=0)
+    assert gather({"temperature": None}).params == {}
+
+
 def test_options_show_no_key() -> None:
     shown = repr(call_options(api_key="sk-secret", extra_headers={"Authorization": "sk-secret"}))
     assert "sk-secret" not in shown

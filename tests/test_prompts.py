@@ -99,6 +99,36 @@ def test_a_float32_in_a_list_is_written_as_it_reads() -> None:
     assert texts(pd.DataFrame({"x": [np.array([0.1, 1.0], "float32")]}), "{x}") == ["[0.1, 1.0]"]
 
 
+@pytest.mark.parametrize(
+    ("cell", "shown"),
+    [
+        ([np.int64(1), np.int64(2)], "[1, 2]"),
+        ([np.float64(0.5), None], "[0.5, None]"),
+        ([np.float32(0.1)], "[0.1]"),
+        ((np.float16(0.1), "a"), "(0.1, 'a')"),
+        ([[np.int64(1)], {"a": np.bool_(True)}], "[[1], {'a': True}]"),
+        ({np.int64(1): np.str_("a")}, "{1: 'a'}"),
+        ([np.datetime64("2024-05-06")], "[Timestamp('2024-05-06 00:00:00')]"),
+        ([np.timedelta64(1, "D")], "[Timedelta('1 days 00:00:00')]"),
+        (np.float32(0.1), "0.1"),
+    ],
+)
+@pytest.mark.parametrize("prompt", ["{x}", lambda row: f"{row.x}"])
+def test_numpys_scalars_in_a_cell_are_written_as_plain_pythons(prompt: Any, cell: Any, shown: str) -> None:
+    assert texts(pd.DataFrame({"x": [cell]}), prompt) == [shown]
+
+
+def test_a_list_of_numpys_scalars_reads_the_same_from_parquet(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"x": [[np.int64(1), np.int64(2)], [np.int64(3)]]})
+    frame.to_parquet(tmp_path / "x.parquet")
+    assert texts(pd.read_parquet(tmp_path / "x.parquet"), "{x}") == texts(frame, "{x}")
+
+
+def test_a_category_of_float32_is_written_as_it_reads() -> None:
+    categories = pd.Categorical(np.array([0.1, 1.0, np.nan], "float32"))
+    assert texts(pd.DataFrame({"x": categories}), "{x}") == ["0.1", "1.0", "missing value in column 'x'"]
+
+
 def test_whole_numbers_stay_whole_beside_floats_and_text() -> None:
     frame = pd.DataFrame({"n": [1, 2], "f": [0.5, 1.5], "s": ["a", "b"]})
     assert texts(frame, "{n} {f} {s} {n:03d}") == ["1 0.5 a 001", "2 1.5 b 002"]

@@ -236,7 +236,7 @@ def test_without_a_checkpoint_the_partial_frame_says_how_to_go_on(ask: Caller) -
 def test_the_way_on_for_a_mask_keeps_to_its_rows(ask: Caller) -> None:
     mask = np.arange(60) < 20
     with pytest.raises(BudgetExceeded, match=r"\.complete\(\.\.\., where=out\['response_status'\] == 'pending'\)"):
-        ask(texts(60), where=mask, max_tokens=5, max_tokens_total=200, max_concurrency=1)
+        ask(texts(60), where=mask, max_tokens=5, max_tokens_total=450, max_concurrency=1)
     out = llmframe.last_run().frame
     assert 0 < (out["response_status"] == "pending").sum() < 20
     out = ask(out, where=out["response_status"] == "pending", max_tokens=5)
@@ -245,7 +245,7 @@ def test_the_way_on_for_a_mask_keeps_to_its_rows(ask: Caller) -> None:
 
 
 def test_a_refresh_that_was_stopped_does_not_say_that_the_same_call_goes_on(ask: Caller, checkpoint: Path) -> None:
-    budget: dict[str, Any] = {"max_tokens": 5, "max_tokens_total": 200, "max_concurrency": 1}
+    budget: dict[str, Any] = {"max_tokens": 5, "max_tokens_total": 450, "max_concurrency": 1}
     with pytest.raises(BudgetExceeded, match="refresh=True would ask them all again; without it the call takes"):
         ask(texts(60), checkpoint=checkpoint, refresh=True, **budget)
     paid = ask.server.stats().answered
