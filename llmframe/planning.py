@@ -149,10 +149,42 @@ def check_columns(
         if int((frame.columns == name).sum()) > 1:
             raise ConfigurationError(f"the frame has more than one column {name!r}; give each its own name")
         if not _can_keep(frame[name][~selected].dropna().tolist(), dtype):
+            held = "lists and dicts" if dtype is object else dtype
             raise ConfigurationError(
-                f"column {name!r} holds values of type {frame[name].dtype}, which a column of {dtype} cannot keep; "
+                f"column {name!r} holds values of type {frame[name].dtype}, which a column of {held} cannot keep; "
                 "pass output= to write under another name"
             )
+    check_length(options.params.get("dimensions"), frame, options, selected)
+
+
+def check_length(
+    dimensions: int | None, frame: pd.DataFrame, options: Options, selected: npt.NDArray[np.bool_]
+) -> None:
+    """Refuse vectors of another length than the frame keeps of an earlier call.
+
+    Raises
+    ------
+    ConfigurationError
+        Naming both lengths.
+    """
+    kept = kept_dimensions(frame, options, selected)
+    if None not in (kept, dimensions) and kept != dimensions:
+        raise ConfigurationError(other_length(dimensions, kept, options))
+
+
+def kept_dimensions(frame: pd.DataFrame, options: Options, selected: npt.NDArray[np.bool_]) -> int | None:
+    """Give the length of the vectors that rows left out keep; None where none keeps any."""
+    if not options.embeds or options.output not in frame.columns:
+        return None
+    return next((len(vector) for vector in frame[options.output][~selected].dropna()), None)
+
+
+def other_length(given: Any, kept: Any, options: Options) -> str:
+    """Say that vectors do not fit beside those of an earlier call."""
+    return (
+        f"vectors of {given:,} numbers do not fit beside those of {kept:,} in column {options.output!r}; "
+        "pass the model and dimensions= that made them, or output= to write under another name"
+    )
 
 
 def _can_keep(values: list[Any], dtype: Any) -> bool:
@@ -160,7 +192,9 @@ def _can_keep(values: list[Any], dtype: Any) -> bool:
     try:
         if isinstance(dtype, pd.CategoricalDtype):
             return set(values) <= set(dtype.categories)
-        return dtype is object or typed(values, dtype).tolist() == values
+        if dtype is object:  # lists, dicts and Decimals; csv makes text of the one and numbers of the other
+            return not any(isinstance(value, str | bytes | float | int | np.generic) for value in values)
+        return bool(typed(values, dtype).tolist() == values)
     except (TypeError, ValueError):
         return False
 

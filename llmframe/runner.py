@@ -26,7 +26,7 @@ from llmframe.collecting import rare_collections
 from llmframe.embedding import Embedding
 from llmframe.endpoint import Endpoint
 from llmframe.engine import Ask, Crew, Policy, Read
-from llmframe.errors import CheckpointError, ConfigurationError, Interrupted, LLMFrameError, RowFailed
+from llmframe.errors import CheckpointError, ConfigurationError, EndpointError, Interrupted, LLMFrameError, RowFailed
 from llmframe.index import Index
 from llmframe.lines import Line, give_back, line_to
 from llmframe.messages import Messages
@@ -35,7 +35,16 @@ from llmframe.options import Options
 from llmframe.outcomes import Outcomes
 from llmframe.pacing import Caps
 from llmframe.parts import embeddings
-from llmframe.planning import Plan, check_columns, make_plan, rows_of, select
+from llmframe.planning import (
+    Plan,
+    check_columns,
+    check_length,
+    kept_dimensions,
+    make_plan,
+    other_length,
+    rows_of,
+    select,
+)
 from llmframe.prices import PriceOf, known_prices, read_prices
 from llmframe.progress import Bar
 from llmframe.prompts import Missing, Prompts
@@ -171,7 +180,9 @@ def prepare(prompts: Prompts, options: Options) -> Prepared:
     checkpoint = open_checkpoint(prompts, options, call)
     try:
         prepared = ready(prompts, options, call, checkpoint)
-        tell(prepared, recall(prepared))
+        found = recall(prepared)
+        check_length(prepared.state.outcomes.dimensions, prompts.frame, options, call.plan.selected)
+        tell(prepared, found)
     except BaseException:
         if checkpoint is not None:
             checkpoint.close()
@@ -573,6 +584,7 @@ def _embeddings_deliverer(
     """Give each text of a request its outcome; what is no vector is delivered as any failure is."""
     state, checkpoint = prepared.state, prepared.checkpoint
     shared = rows_of(state.plan)
+    kept = kept_dimensions(state.source, state.options, state.plan.selected)
 
     def give(number: int, completion: Completion) -> None:
         numbers, found = made.taken(number, completion)
@@ -581,6 +593,11 @@ def _embeddings_deliverer(
             for each in numbers.tolist():
                 deliver(each, completion)
             return
+        if kept not in (None, found.vectors.shape[1]):  # every row would be paid for, and fail
+            _count(state, completion)
+            if checkpoint is not None:
+                checkpoint.add_embeddings(state.plan.keys[numbers], found)
+            raise EndpointError(other_length(found.vectors.shape[1], kept, state.options))
         if known not in (None, found.vectors.shape[1]):
             _count(state, completion)  # of no use, and billed all the same
             words = f"the endpoint gave {found.vectors.shape[1]:,} numbers, where it gave {known:,} before"

@@ -153,6 +153,20 @@ def test_where_fills_the_rows_it_selects(embed: Embed) -> None:
     assert is_right(two)
 
 
+def test_where_stops_at_the_first_vector_of_another_length_than_those_the_frame_keeps(
+    server: SimulatedServer, embed: Embed, tmp_path: Path
+) -> None:
+    one = embed(rows(400), where=[True] * 3 + [False] * 397)
+    one["text"] = [f"[[dimensions=6]] {number}" for number in range(400)]
+    received = server.stats().received
+    with pytest.raises(EndpointError, match="vectors of 6 numbers do not fit beside those of 8 in column 'embedding'"):
+        embed(one, where="missing", checkpoint=tmp_path / "runs", max_concurrency=1)
+    assert server.stats().received == received + 1
+    with pytest.raises(ConfigurationError, match="vectors of 6 numbers do not fit beside those of 8"):
+        embed(one, where="missing", checkpoint=tmp_path / "runs")  # what was paid is kept
+    assert server.stats().received == received + 1
+
+
 # ---- what is sent
 
 

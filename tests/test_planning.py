@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from llmframe.errors import ConfigurationError, TemplateError
 from llmframe.messages import user
-from llmframe.options import call_options
+from llmframe.options import call_options, embed_options
 from llmframe.planning import Plan, check_columns, make_plan, output_dtypes, rows_of, select
 from llmframe.prompts import Prompts
 from llmframe.requests import Requests
@@ -168,8 +169,24 @@ def test_what_a_column_can_keep_is_let_in(name: str, kept: Any, schema: Labels |
     check(FRAME.assign(**{name: kept}), schema, where=[True, False, False])
 
 
-def test_a_list_column_keeps_anything() -> None:
-    check(FRAME.assign(response=[["a", "b"], None, 5]), where=[True, False, False], n=2)
+@pytest.mark.parametrize("kept", [["a", "b"], [], np.array([1, 2]), {"a": 1}, Decimal("1.10"), None])
+def test_a_list_column_keeps_lists_and_dicts(kept: Any) -> None:
+    check(FRAME.assign(response=[kept, None, 5]), where=[False, False, True], n=2)
+
+
+@pytest.mark.parametrize("kept", ["['a', 'b']", 5, 1.5, np.float64(1.5), True])
+def test_a_list_column_does_not_keep_the_text_or_the_number_that_csv_made_of_a_list(kept: Any) -> None:
+    with pytest.raises(ConfigurationError, match="which a column of lists and dicts cannot keep; pass output="):
+        check(FRAME.assign(response=pd.Series([kept, None, None], FRAME.index, object)), where="missing", n=2)
+
+
+def test_vectors_of_another_length_than_those_kept_are_refused_where_it_is_known() -> None:
+    frame = FRAME.assign(embedding=[np.zeros(3, np.float32), None, None])
+    options = embed_options(dimensions=4, where="missing")
+    with pytest.raises(ConfigurationError, match="vectors of 4 numbers do not fit beside those of 3 in column 'embed"):
+        check_columns(frame, options, None, select(frame, options))
+    for fits in (embed_options(dimensions=3, where="missing"), embed_options(where="missing")):
+        check_columns(frame, fits, None, select(frame, fits))
 
 
 def test_two_columns_of_one_name_cannot_be_filled() -> None:
