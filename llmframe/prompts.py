@@ -17,6 +17,7 @@ import pandas as pd
 
 from llmframe.errors import ConfigurationError, TemplateError
 from llmframe.images import Attachment, CannotRead, attach, attachments_of
+from llmframe.jinja import unknown_name
 from llmframe.messages import NARROW, Messages, check_messages, kind, user, well_formed
 from llmframe.results import PANDAS_3
 from llmframe.templates import Template, read_template, written
@@ -56,7 +57,15 @@ class Unreadable(Missing):
 
 
 class Row(Values):
-    """One row for a function: ``row["review"]``, or ``row.review`` as `DataFrame.apply` has it."""
+    """One row for a function: ``row["review"]``, or ``row.review`` as `DataFrame.apply` has it.
+
+    A column goes before a method of that name: what wants the methods (``json.dumps``) is given ``dict(row)``.
+    """
+
+    def __getattribute__(self, name: str) -> Any:
+        if name[:2] != "__" and name in self:  # else row.items would be a method, and its address go to the model
+            return self[name]
+        return super().__getattribute__(name)
 
     def __getattr__(self, name: str) -> Any:
         if name in self:
@@ -323,8 +332,12 @@ class Prompts:
 
     def _from_renderer(self, renderer: Renderer) -> _Maker:
         def make(row: Values) -> Messages:
+            values = {name: row[label] for name, label in self._names.items()}
+            unknown = None if self._made else unknown_name(renderer, values)
+            if unknown is not None:
+                raise TemplateError.unknown_column(unknown, self._names)
             try:
-                text = renderer.render(**{name: row[label] for name, label in self._names.items()})
+                text = renderer.render(**values)
             except Exception as error:
                 raise TemplateError(f"the prompt's render() raised {type(error).__name__}: {error}") from error
             if not isinstance(text, str):

@@ -377,6 +377,13 @@ def test_a_function_is_called_once_for_each_row_however_often_it_is_rendered() -
     assert calls == [1, 2, 3]
 
 
+def test_a_column_goes_before_a_method_of_a_dict_in_a_function() -> None:
+    row = {"items": "apple", "values": 3, "get": 1.5, "copy": None}
+    assert one(lambda row: f"{row.items} {row.values} {row.get} {row.copy}", row)[0]["content"] == "apple 3 1.5 None"
+    assert one(lambda row: str(dict(row)), row)[0]["content"] == str(row)
+    assert one(lambda row: str(list(row.items())), {"x": "a"})[0]["content"] == "[('x', 'a')]"
+
+
 @pytest.mark.parametrize("nothing", [None, float("nan"), np.nan, pd.NA, pd.NaT])
 def test_a_function_may_return_nothing_for_a_row_that_is_to_be_skipped(nothing: Any) -> None:
     frame = pd.DataFrame({"x": [1, 2]})
@@ -428,6 +435,35 @@ def test_a_jinja_template_is_given_the_row() -> None:
     frame = pd.DataFrame({"name": ["Ada", None], "n": [1, 2]})
     template = jinja2.Template("{% if name %}Hello {{ name }}{% else %}Hello stranger{% endif %} {{ n }}")
     assert texts(frame, template) == ["Hello Ada 1", "Hello stranger 2"]
+
+
+@pytest.mark.parametrize("text", ["Translate: {{ tetx }}", "{% for one in [1] %}{{ tetx | upper }}{% endfor %}"])
+def test_a_mistyped_name_in_a_jinja_template_is_refused(text: str) -> None:
+    with pytest.raises(TemplateError, match=r"no column 'tetx'; did you mean 'text'\?"):
+        one(jinja2.Template(text), {"text": "a"})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ text }}{% if more is defined %}{{ more }}{% endif %}",
+        "{{ text }}{{ more | default('') }}",
+        "{{ text }}{% if more %}{{ more }}{% endif %}",
+        "{% if text == 'b' %}{% set more = 1 %}{% endif %}{{ text }}{{ more }}",
+        "{% macro write(it, more) %}{{ it }}{{ more }}{% endmacro %}{{ write(text) }}",
+        "{{ text }}{{ cell.more }}",
+        "{{ text }}{{ known }}",
+        "{% for each in [text] %}{{ each }}{% endfor %}{{ range(0) | join }}",
+    ],
+)
+def test_a_jinja_template_may_ask_for_names_that_are_no_columns(text: str) -> None:
+    template = jinja2.Environment().from_string(text, {"known": ""})
+    assert one(template, {"text": "a", "cell": {"a": 1}}) == [{"role": "user", "content": "a"}]
+
+
+def test_a_jinja_template_whose_owner_says_what_becomes_of_unknown_names_keeps_to_that() -> None:
+    template = jinja2.Environment(undefined=jinja2.DebugUndefined).from_string("{{ text }} {{ more }}")
+    assert texts(pd.DataFrame({"text": ["a"]}), template) == ["a {{ more }}"]
 
 
 def test_a_renderer_sees_columns_with_numbers_for_labels_by_their_digits() -> None:
