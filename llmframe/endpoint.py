@@ -18,6 +18,7 @@ import openai
 import yarl
 
 from llmframe.errors import ConfigurationError
+from llmframe.messages import kind
 from llmframe.redaction import without_secrets
 from llmframe.requests import PATHS, Api, identity
 from llmframe.transports import (
@@ -114,6 +115,8 @@ def resolve(
             "no API key: set the environment variable OPENAI_API_KEY, or pass api_key= "
             '(any text will do for a server that asks for none); model="local" needs none'
         )
+    if api_key is not None and not isinstance(api_key, str) and not callable(api_key):
+        raise ConfigurationError(f"api_key= is {kind(api_key)}; it has to be text")
     made = _client(base_url, api_key)
     url, key = str(made.base_url), api_key if callable(api_key) else made.api_key
     return replace(_of_client(made, extras, PATHS[api]), client=lambda: _client(url, key))
@@ -238,9 +241,9 @@ def _merged(*mappings: Mapping[str, Any]) -> dict[str, str]:
 def _check_headers(headers: Mapping[str, str]) -> None:
     for name, value in headers.items():
         if not value.isascii() or not value.isprintable():
+            likely = "a line break at the end of the key?" if value.isascii() else "a letter that is not ASCII"
             raise ConfigurationError(
-                f"the header {name} holds a character that no header may (a line break at the end of the key?); "
-                "its value is not shown here"
+                f"the header {name} holds a character that no header may ({likely}); its value is not shown here"
             )
 
 

@@ -81,6 +81,8 @@ class TemplateError(LLMFrameError):
     def unknown_column(cls, name: str, columns: Iterable[Hashable]) -> TemplateError:
         """Build the error for a name that is no column, with the nearest one that is."""
         known = [str(column) for column in columns]
+        if known == [""]:  # what `series.llm` makes of its values
+            return cls(f"no column {name!r}; the value of a Series is {{}}")
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"the columns are {', '.join(map(repr, known)) or 'none'}"
         return cls(f"no column {name!r}; {hint}")

@@ -19,6 +19,7 @@ from llmframe.batch import BatchJob, submit_batch
 from llmframe.errors import ConfigurationError
 from llmframe.estimate import Estimate, estimate
 from llmframe.job_work import JobResult, Paths, Work
+from llmframe.messages import kind
 from llmframe.options import POLL_S, Options, gather, shows_options
 from llmframe.planning import prompts_of
 from llmframe.progress import Bar
@@ -92,6 +93,11 @@ def run(
     >>> job.rows
     2
     """
+    for name, path in (("source", source), ("sink", sink)):
+        if not isinstance(path, str | os.PathLike):
+            raise ConfigurationError(
+                f"{name} is {kind(path)}; it has to be a path or an fsspec URL (for a frame there is df.llm.complete)"
+            )
     paths = Paths(os.fspath(source), os.fspath(sink), (where,) if isinstance(where, str) else tuple(where or ()), limit)
     work = Work(paths, prompt, job_options(sink, keywords))
     bar = Bar(work.total, work.options.progress)

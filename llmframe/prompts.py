@@ -7,6 +7,7 @@ reaches a template as pandas holds it (an int stays an int), and an array as a l
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -37,7 +38,8 @@ class Renderer(Protocol):
         ...
 
 
-Prompt = Hashable | Sequence[Mapping[str, Any]] | Callable[[Any], Any] | Renderer
+# Not Sequence[Mapping[str, Any]]: mypy holds that for hashable, and then refuses a list, which is not.
+Prompt = Hashable | list[Any] | Callable[[Any], Any] | Renderer
 """A column's name, a template, a list of messages, a function of a row, or a renderer."""
 
 Values = dict[Hashable, Any]
@@ -283,6 +285,11 @@ class Prompts:
             return self._from_renderer(prompt)
         if callable(prompt):
             return self._from_function(prompt)
+        if isinstance(prompt, pd.Series):
+            raise TemplateError(
+                "the prompt is a Series; write a template of column names, as in 'Translate: {text}', "
+                "or make the Series a column and pass its name"
+            )
         raise TemplateError(
             f"the prompt is {kind(prompt)}; it has to be a column's name, a template, a list of messages or a function"
         )
@@ -318,6 +325,9 @@ class Prompts:
         return _Maker(lambda row: user(template.render(row)), template.columns, template.columns)
 
     def _from_messages(self, prompt: Sequence[Any]) -> _Maker:
+        if prompt and all(isinstance(each, str) and each in self._names for each in prompt):
+            template = " ".join(f"{{{each}}}" for each in prompt)
+            raise TemplateError(f"the prompt is a list of columns; write a template, as in {template!r}")
         compiled = [
             {key: _compile(item, self._names) if key == "content" else item for key, item in message.items()}
             for message in check_messages(prompt, "prompt")
@@ -341,7 +351,7 @@ class Prompts:
             except Exception as error:
                 raise TemplateError(f"the prompt's render() raised {type(error).__name__}: {error}") from error
             if not isinstance(text, str):
-                raise TemplateError(f"the prompt's render() returned {kind(text)}; it has to return text")
+                raise TemplateError(f"the prompt's render() returned a value that is {kind(text)}; it has to be text")
             return user(text)
 
         # What a foreign template needs cannot be known: it sees a missing value as None.
@@ -353,10 +363,15 @@ class Prompts:
                 value = function(Row(row))
             except Exception as error:
                 raise TemplateError(f"the prompt function raised {type(error).__name__}: {error}") from error
+            if inspect.iscoroutine(value):
+                value.close()  # else Python warns that nobody waited for it
+                raise TemplateError("the prompt function is async; pass a plain one, which returns text or messages")
             if pd.api.types.is_scalar(value) and pd.isna(value):
                 return None
             if not isinstance(value, str | list | tuple | np.ndarray):
-                raise TemplateError(f"the prompt function returned {kind(value)}; it has to return text or messages")
+                raise TemplateError(
+                    f"the prompt function returned a value that is {kind(value)}; it has to return text or messages"
+                )
             return user(value) if isinstance(value, str) else check_messages(value, "what the function returned")
 
         return _Maker(make, tuple(self.frame.columns), (), foreign=True)

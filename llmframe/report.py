@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from llmframe import plots
+from llmframe.errors import ConfigurationError
 from llmframe.pacing import Moment
 from llmframe.page import Figure, Trouble, fragment, page
 from llmframe.results import STATUSES, Usage, column_dtype, text_dtype, typed
@@ -146,6 +147,11 @@ class Run:
         path : str or path
             Where to; what is there is replaced.
 
+        Raises
+        ------
+        ConfigurationError
+            It cannot be written there.
+
         Examples
         --------
         >>> import pathlib, tempfile
@@ -156,7 +162,10 @@ class Run:
         ...     path.read_text(encoding="utf-8")[:15]
         '<!DOCTYPE html>'
         """
-        Path(path).write_text(page(self._repr_html_()), encoding="utf-8")
+        try:
+            Path(path).write_text(page(self._repr_html_()), encoding="utf-8")
+        except OSError as error:
+            raise ConfigurationError(f"the report cannot be written to {path}: {error.strerror}") from error
 
     def _repr_html_(self) -> str:
         course, latencies_s = self._course(), self._state.outcomes.latencies_s()

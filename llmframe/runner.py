@@ -137,6 +137,13 @@ def complete(prompts: Prompts, options: Options, *, listed: bool = False) -> Sta
 
 async def acomplete(prompts: Prompts, options: Options, *, listed: bool = False) -> State:
     """Run without blocking the caller's loop; see `complete` and `LLMFrame.acomplete`."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        raise ConfigurationError(
+            "an awaited call needs asyncio, whose loop is not running here; in trio write "
+            "await trio.to_thread.run_sync(lambda: df.llm.complete(...))"
+        ) from None
     planning = asyncio.ensure_future(loops.in_thread(functools.partial(prepare, prompts, options)))
     try:
         prepared = await asyncio.shield(planning)

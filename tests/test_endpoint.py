@@ -718,11 +718,19 @@ def test_a_client_and_the_pieces_of_one_are_refused() -> None:
         resolve(client=openai.AsyncOpenAI(api_key=KEY), base_url="http://127.0.0.1:9/v1")
 
 
-@pytest.mark.parametrize("key", [KEY + "\n", KEY + "\u2026"])
-def test_a_key_that_no_header_can_hold_is_refused_without_being_shown(key: str) -> None:
-    with pytest.raises(ConfigurationError, match="the header Authorization holds a character") as caught:
+@pytest.mark.parametrize(
+    ("key", "likely"),
+    [(KEY + "\n", "a line break at the end of the key"), (KEY + "\u2026", "a letter that is not ASCII")],
+)
+def test_a_key_that_no_header_can_hold_is_refused_without_being_shown(key: str, likely: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"the header Authorization holds a character .*{likely}") as caught:
         resolve(base_url="http://127.0.0.1:9/v1", api_key=key)
     assert KEY not in str(caught.value)
+
+
+def test_a_key_that_is_no_text_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="api_key= is of type int; it has to be text"):
+        resolve(base_url="http://127.0.0.1:9/v1", api_key=5)
 
 
 def test_a_url_is_shown_without_user_and_password() -> None:

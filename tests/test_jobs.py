@@ -495,6 +495,13 @@ def test_paths_that_cannot_be_meant_are_refused(
     assert server.stats().received == 0
 
 
+def test_a_frame_as_the_source_or_sink_is_refused_with_the_way_for_frames(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"text": ["a"]})
+    for source, sink, name in ((frame, tmp_path / "out.parquet", "source"), (tmp_path, frame, "sink")):
+        with pytest.raises(ConfigurationError, match=rf"{name} is of type DataFrame.*for a frame there is df\.llm"):
+            llmframe.run(source, sink, "text", model="m")
+
+
 @pytest.mark.parametrize(
     "name", ["./in.parquet", "in/../in.parquet", "{here}/in.parquet", "soft.parquet", "hard.parquet"]
 )

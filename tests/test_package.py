@@ -167,3 +167,16 @@ def test_the_readmes_links_lead_somewhere(link: str) -> None:
 def test_the_python_of_the_readme_is_python() -> None:
     for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
         ast.parse(block)
+
+
+def test_every_kind_of_prompt_has_a_type_that_mypy_takes(tmp_path: Path) -> None:
+    api = pytest.importorskip("mypy.api")
+    (tmp_path / "script.py").write_text(
+        "import pandas as pd\nimport llmframe\n\nrows = llmframe.LLMFrame(pd.DataFrame({'text': ['a']}))\n"
+        "rows.complete('text', model='m')\nrows.complete(0, model='m')\n"
+        "rows.complete(lambda row: f'{row.text}', model='m')\n"
+        "rows.complete([{'role': 'user', 'content': '{text}'}], model='m')\n"
+        "prompt = [{'role': 'user', 'content': '{text}'}]\nrows.complete(prompt, model='m')\n"
+    )
+    said, _, status = api.run(["--strict", "--config-file=", str(tmp_path / "script.py")])
+    assert status == 0, said

@@ -247,6 +247,8 @@ def test_a_name_that_two_columns_have_is_refused_where_it_is_read(prompt: Any) -
         ({"role": "user"}, "the prompt is of type dict"),
         ([], "prompt is an empty message array"),
         (["{text}"], r"prompt\[0\] is a string"),
+        (["text", "n"], r"the prompt is a list of columns; write a template, as in '{text} {n}'"),
+        (pd.Series(["Hi a"]), "the prompt is a Series; write a template of column names, as in 'Translate: {text}'"),
         ([{"role": "user"}], r"prompt\[0\]: its content is missing"),
         ([{"role": "user", "content": "Hello"}], r"has a \{column\} field.*llmframe\.complete"),
         ([{"role": "user", "content": "{txt}"}], "did you mean 'text'"),
@@ -410,7 +412,7 @@ def test_a_function_may_return_messages() -> None:
         (lambda _: 1 / 0, "the prompt function raised ZeroDivisionError: division by zero"),
         (lambda row: row.txt, r"raised AttributeError: no column 'txt'; did you mean 'text'\?"),
         (lambda row: row["txt"], r"raised KeyError: .*no column 'txt'; did you mean 'text'\?"),
-        (lambda _: 5, "the prompt function returned of type int"),
+        (lambda _: 5, "the prompt function returned a value that is of type int"),
         (lambda _: [{"content": "x"}], r"what the function returned\[0\] has no role"),
         (lambda: "x", "raised TypeError"),
     ],
@@ -418,6 +420,20 @@ def test_a_function_may_return_messages() -> None:
 def test_a_function_that_fails_is_named_with_its_row(prompt: Any, said: str) -> None:
     with pytest.raises(TemplateError, match=rf"row 0 \(label 'a'\): .*{said}"):
         made(pd.DataFrame({"text": ["hello"]}, index=["a"]), prompt)
+
+
+def test_an_async_function_is_refused_and_nothing_is_left_unawaited(recwarn: pytest.WarningsRecorder) -> None:
+    async def prompt(row: Any) -> str:
+        return str(row.x)
+
+    with pytest.raises(TemplateError, match="the prompt function is async; pass a plain one"):
+        one(prompt, {"x": 1})
+    assert not recwarn.list
+
+
+def test_a_series_says_how_its_value_is_written() -> None:
+    with pytest.raises(TemplateError, match=r"no column 'text'; the value of a Series is \{\}"):
+        pd.Series(["a"], name="text").llm.complete("Translate {text}", model="m")
 
 
 def test_what_a_function_raised_is_the_errors_cause() -> None:
@@ -478,7 +494,7 @@ def test_a_renderer_sees_columns_with_numbers_for_labels_by_their_digits() -> No
 @pytest.mark.parametrize(
     ("render", "said"),
     [
-        (lambda **_: 5, r"the prompt's render\(\) returned of type int"),
+        (lambda **_: 5, r"the prompt's render\(\) returned a value that is of type int"),
         (lambda **_: 1 / 0, r"the prompt's render\(\) raised ZeroDivisionError"),
     ],
 )

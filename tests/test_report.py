@@ -65,6 +65,12 @@ def test_the_page_needs_nothing_from_elsewhere(server: SimulatedServer, tmp_path
     assert all(link.startswith("#") for link in links)
 
 
+def test_a_report_that_cannot_be_written_says_where(server: SimulatedServer, tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere" / "run.html"):
+        with pytest.raises(ConfigurationError, match=f"the report cannot be written to {re.escape(str(path))}: "):
+            run(server, ["a"]).to_html(path)
+
+
 def test_a_run_without_an_answer_has_a_report_too(server: SimulatedServer) -> None:
     for texts in ([], ["[[status=400]]"]):
         assert "<svg" not in run(server, texts)._repr_html_()

@@ -254,6 +254,12 @@ def test_a_refresh_that_was_stopped_does_not_say_that_the_same_call_goes_on(ask:
     assert ask.server.stats().answered == 60
 
 
+def test_an_awaited_call_without_asyncios_loop_says_what_to_write_in_trio() -> None:
+    awaited = texts(1).llm.acomplete("{text}", model="m", base_url="http://127.0.0.1:9/v1")
+    with pytest.raises(ConfigurationError, match=r"needs asyncio.*await trio\.to_thread\.run_sync\(lambda: df\.llm\."):
+        awaited.send(None)  # as another library's loop does
+
+
 def test_a_login_page_in_place_of_every_answer_is_an_endpoint_that_does_not_answer(
     ask: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
