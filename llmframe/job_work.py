@@ -32,7 +32,7 @@ from llmframe.requests import Words, words_of
 from llmframe.results import STATUSES, Usage, twin
 from llmframe.runner import Call, Prepared
 from llmframe.sinks import Sink, sweep
-from llmframe.sources import Piece, Source
+from llmframe.sources import Piece, Source, frame_of
 
 PART_ROWS = 16_384  # of a part: enough to be worth a plan, few enough that two of them are small
 UNDER_WAY = 2  # parts: while one has its last answers to come, the next is asked
@@ -314,7 +314,7 @@ class Work:
             raise LLMFrameError(f"{self._paths.source} cannot be read any more: {_reason(error)}; mend that") from error
 
     def _prompts(self, table: pa.Table) -> Prompts:
-        return prompts_of(table.to_pandas(), self._prompt, self.options)
+        return prompts_of(frame_of(table), self._prompt, self.options)
 
     def _prepare(self, pieces: list[Piece]) -> _Part:
         table = pa.concat_tables(piece.table for piece in pieces)

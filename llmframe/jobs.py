@@ -24,7 +24,7 @@ from llmframe.options import POLL_S, Options, gather, shows_options
 from llmframe.planning import prompts_of
 from llmframe.progress import Bar
 from llmframe.prompts import Prompt
-from llmframe.sources import Source
+from llmframe.sources import Source, frame_of
 
 ESTIMATE_ROWS = 262_144  # of a part that is only counted
 CHECKPOINT = ".checkpoint"  # is added to the sink's name
@@ -113,7 +113,7 @@ def estimate_job(paths: Paths, prompt: Prompt, options: Options) -> Estimate:
         See `run`.
     """
     parts = Source(paths.source, paths.where, paths.limit).pieces(ESTIMATE_ROWS)
-    estimates = [estimate(prompts_of(piece.table.to_pandas(), prompt, options), options) for piece in parts]
+    estimates = [estimate(prompts_of(frame_of(piece.table), prompt, options), options) for piece in parts]
     return functools.reduce(operator.add, estimates)
 
 
@@ -148,8 +148,14 @@ def submit_source(
         See `LLMFrame.submit_batch`.
     """
     tables = [piece.table for piece in Source(paths.source, paths.where, paths.limit).pieces(ESTIMATE_ROWS)]
-    table = pa.concat_tables(tables, promote_options="default")
-    prompts = prompts_of(table.to_pandas(), prompt, options)
+    try:
+        table = pa.concat_tables(tables, promote_options="default")
+    except pa.ArrowException as error:
+        raise ConfigurationError(
+            f"the files of {paths.source} have not all the same types, and a batch is made of all of them ({error}); "
+            "give it one file at a time"
+        ) from error
+    prompts = prompts_of(frame_of(table), prompt, options)
     return submit_batch(prompts, options, job, keep_files=keep_files, poll_s=poll_s)
 
 

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from llmframe.errors import ConfigurationError
 
-__all__ = ["Piece", "Source", "filesystem_of"]
+__all__ = ["Piece", "Source", "filesystem_of", "frame_of"]
 
 FORMATS = {
     **dict.fromkeys((".parquet", ".pq", ".parq"), "parquet"),
@@ -45,6 +45,16 @@ OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "=": operator.eq,
 }
 _CONDITION = re.compile(rf"\s*(?P<column>.+?)\s*(?P<operator>{'|'.join(OPERATORS)})\s*(?P<value>.*?)\s*")
+INTEGERS: dict[pa.DataType, pd.api.extensions.ExtensionDtype] = {
+    pa.int8(): pd.Int8Dtype(),
+    pa.int16(): pd.Int16Dtype(),
+    pa.int32(): pd.Int32Dtype(),
+    pa.int64(): pd.Int64Dtype(),
+    pa.uint8(): pd.UInt8Dtype(),
+    pa.uint16(): pd.UInt16Dtype(),
+    pa.uint32(): pd.UInt32Dtype(),
+    pa.uint64(): pd.UInt64Dtype(),
+}
 TEXT_GROUP_ROWS = 131_072  # of a row group, where the source has none of its own
 
 
@@ -129,6 +139,29 @@ class Source:
                     yield Piece(part, ends_group or not rest, not rest, number)
                 if not rest:
                     break
+
+
+def frame_of(table: pa.Table) -> pd.DataFrame:
+    """Give some rows to pandas, each value as it would be whatever rows are beside it.
+
+    Raises
+    ------
+    ConfigurationError
+        A column is of a type that pandas cannot take.
+    """
+    for number, column in enumerate(table.schema):
+        if column.type == pa.time64("ns"):  # a time of Python has microseconds
+            times = table.column(number).cast(pa.time64("us"), safe=False)
+            table = table.set_column(number, column.with_type(times.type), times)
+    # A null would make floats of a column's whole numbers, and 5 would be 5.0 in the prompts of its part.
+    holed = {
+        column.type: INTEGERS[column.type] for column in table.columns if column.null_count and column.type in INTEGERS
+    }
+    try:
+        frame: pd.DataFrame = table.to_pandas(types_mapper=holed.get)
+    except pa.ArrowException as error:
+        raise ConfigurationError(f"pandas cannot take the rows: {error}; give their column another type") from error
+    return frame
 
 
 def filesystem_of(where: str) -> tuple[pa.fs.FileSystem, str]:

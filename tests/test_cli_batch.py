@@ -156,3 +156,12 @@ def test_a_run_by_batch_whose_source_has_grown_says_how_to_go_on_and_pays_nothin
     Path("out.parquet.batch").rename("before.batch")
     assert main(command) == 0
     assert sum(server.paid().values()) == paid + 1
+
+
+def test_files_whose_types_differ_are_refused_in_words(here: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkdir("in")
+    for name, scores in (("a", [1]), ("b", [1.5])):
+        pd.DataFrame({"text": here[:1], "score": scores}).to_parquet(f"in/{name}.parquet")
+    assert batch("submit", "in", "{text}", "--job", "job") == 2
+    assert "the files of in have not all the same types" in capsys.readouterr().err
+    assert not os.path.exists("job")

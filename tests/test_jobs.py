@@ -24,7 +24,7 @@ import llmframe
 from llmframe import JobResult, job_work
 from llmframe.errors import BudgetExceeded, ConfigurationError, EndpointError, LLMFrameError, TemplateError
 from llmframe.job_work import Paths, Work
-from llmframe.jobs import job_options
+from llmframe.jobs import estimate_job, job_options
 from llmframe.sinks import Sink
 from tests.server import SimulatedServer
 
@@ -643,3 +643,29 @@ def test_writes_to_object_storage_that_fail_once_cost_nothing(
     assert made["response"].tolist() == [f"echo: row {number}" for number in range(60)]
     assert job.counts == {"ok": 60}
     assert server.stats().received == 60
+
+
+def test_a_whole_number_is_the_same_text_whatever_rows_are_read_with_it(
+    server: SimulatedServer, tmp_path: Path
+) -> None:
+    numbers = pa.array([None if number == 50 else number for number in range(100)], pa.int64())
+    pq.write_table(pa.table({"n": numbers}), tmp_path / "in.parquet")
+    run_to(server, tmp_path / "in.parquet", tmp_path / "out.parquet", "Is {n} large?", limit=45)
+    run_to(server, tmp_path / "in.parquet", tmp_path / "out.parquet", "Is {n} large?")
+    run_to(server, tmp_path / "in.parquet", tmp_path / "out.parquet", "Is {n} large?", where="n > 45")
+    estimated = estimate_job(
+        Paths(str(tmp_path / "in.parquet"), str(tmp_path / "out.parquet")),
+        "Is {n} large?",
+        job_options(tmp_path / "out.parquet", {"model": "m", "base_url": server.base_url}),
+    )
+    assert {request.text for request in server.requests()} == {f"Is {n} large?" for n in range(100) if n != 50}
+    assert server.stats().received == 99
+    assert estimated.requests == 0
+
+
+def test_a_time_with_nanoseconds_stops_no_job(server: SimulatedServer, tmp_path: Path) -> None:
+    table = pa.table({"text": ["a"], "when": pa.array([1_001], pa.time64("ns"))})
+    pq.write_table(table, tmp_path / "in.parquet")
+    run_to(server, tmp_path / "in.parquet", tmp_path / "out.parquet", "{text} at {when}")
+    assert server.requests()[0].text == "a at 00:00:00.000001"
+    assert pq.read_table(tmp_path / "out.parquet", columns=["text", "when"]).equals(table)
