@@ -262,16 +262,14 @@ class Work:
             await loops.to_its_end(self._finish)  # with a limit the last of the source's files need not be read
             whole = True
         finally:
-            tasks = [part.task for part in under_way if part.task is not None]
-            for task in tasks:
-                task.cancel()
-            if tasks:
-                await asyncio.wait(tasks)
-            self.total.ended = time.monotonic()
-            if self._sink is not None:
-                self._sink.close()
-            if (checkpoint := self._checkpoint) is not None:
-                await asyncio.shield(loops.in_thread(lambda: checkpoint.close(tidy=whole)))
+            try:
+                await _ended({part.task for part in under_way if part.task is not None})
+            finally:  # interrupted twice too
+                self.total.ended = time.monotonic()
+                if self._sink is not None:
+                    self._sink.close()
+                if (checkpoint := self._checkpoint) is not None:
+                    await asyncio.shield(loops.in_thread(lambda: checkpoint.close(tidy=whole)))
 
     def _begin(self) -> None:
         """Open what is written to: what is wrong with it is known before anything is paid."""
@@ -392,6 +390,21 @@ class Work:
             with _writing(self._sink.where):
                 self._sink.finish()
             self._sink = None
+
+
+async def _ended(tasks: set[asyncio.Task[None]]) -> None:
+    """End these, and wait for it; who is cancelled meanwhile does so again, and nothing in flight is waited for."""
+    if not tasks:
+        return
+    for task in tasks:
+        task.cancel()
+    try:
+        await asyncio.wait(tasks)
+    except asyncio.CancelledError:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        raise
 
 
 @contextmanager

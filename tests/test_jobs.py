@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -313,6 +314,26 @@ def test_an_interrupt_while_the_sink_is_written_leaves_nothing_of_it(
         run(server, source)
     assert ended.is_set()
     assert {path.name for path in source.parent.iterdir()} == {"in.parquet", "out.parquet.checkpoint"}
+
+
+def test_a_job_that_is_stopped_twice_loses_no_answer_that_came(server: SimulatedServer, source: Path) -> None:
+    server.configure(latency_s=0.4)
+    sink = source.with_name("out.parquet")
+    options = job_options(sink, {"model": "m", "base_url": server.base_url, "progress": False})
+    work = Work(Paths(str(source), str(sink)), "{text}", options)
+
+    async def stop_twice() -> None:
+        task = asyncio.create_task(work._execute())
+        await server.until(answered=10)
+        task.cancel()
+        await asyncio.sleep(0.05)  # it waits for what is in flight
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(stop_twice())
+    kept = len(llmframe.read_checkpoint(source.with_name("out.parquet.checkpoint")))
+    assert kept == work.total.rows_done >= 10
 
 
 def test_parts_overlap_so_that_the_endpoint_does_not_wait_for_the_last_answer_of_each(
