@@ -51,6 +51,7 @@ def run(
     ----------
     source : path
         A parquet, csv or jsonl file, a directory of them or a glob; a path or an fsspec URL (``s3://bucket/rows/``).
+        Csv and jsonl files may be compressed, as ``.csv.gz`` or ``.csv.bz2``.
     sink : path
         Where the rows go, in the same order and row groups, with the source's columns as they were and the new ones
         after them: one file where it is named ``.parquet``, else a directory with a file for each of the source's.

@@ -22,8 +22,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv
 import pyarrow.dataset as ds
 import pyarrow.fs
+import pyarrow.json
 import pyarrow.parquet as pq
 
 from llmframe.errors import ConfigurationError
@@ -55,7 +57,9 @@ INTEGERS: dict[pa.DataType, pd.api.extensions.ExtensionDtype] = {
     pa.uint32(): pd.UInt32Dtype(),
     pa.uint64(): pd.UInt64Dtype(),
 }
+PACKED = (".gz", ".bz2")  # a csv or JSON-lines file may have one of these after its own ending
 TEXT_GROUP_ROWS = 131_072  # of a row group, where the source has none of its own
+BLOCKS = (1 << 20, 1 << 24, 1 << 28)  # bytes of a text file read at once: a row has to fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +143,8 @@ class Source:
                     yield Piece(part, ends_group or not rest, not rest, number)
                 if not rest:
                     break
+            if rest:
+                raise ConfigurationError(f"{self._paths[number]} has fewer rows than when the job began")
 
 
 def frame_of(table: pa.Table) -> pd.DataFrame:
@@ -241,11 +247,18 @@ def _is_table(name: str) -> bool:
     """Whether a file in a directory is one of the source's: not what Spark, or a checkpoint, keeps beside them."""
     steps = PurePosixPath(name.replace(os.sep, "/"))
     hidden = any(step.startswith((".", "_")) or step.endswith(".checkpoint") for step in steps.parts)
-    return not hidden and steps.suffix in FORMATS
+    return not hidden and _form(name) is not None
+
+
+def _form(name: str) -> str | None:
+    """Tell a file's format by its name."""
+    stem, ending = os.path.splitext(name)
+    form = FORMATS.get((os.path.splitext(stem)[1] if ending in PACKED else ending).lower())
+    return None if form == "parquet" and ending in PACKED else form
 
 
 def _opened(path: str, filesystem: pa.fs.FileSystem, conditions: Sequence[str]) -> _Parquet | _Text:
-    form = FORMATS.get(PurePosixPath(path).suffix, "parquet")
+    form = _form(path) or "parquet"
     words = {"json": "JSON lines"}.get(form, form)
     try:
         return (_Parquet if form == "parquet" else _Text)(path, filesystem, conditions, form)
@@ -327,12 +340,26 @@ def _with_labels(schema: pa.Schema, noted: Mapping[str, Any]) -> pa.Schema:
 
 
 class _Text:
-    """A csv or JSON-lines file. Its types are those of its first megabyte, and have to hold to its end."""
+    """A csv or JSON-lines file. Its types are those of its first block, and have to hold to its end."""
 
     labels = False
 
     def __init__(self, path: str, filesystem: pa.fs.FileSystem, conditions: Sequence[str], form: str) -> None:
-        self._table = ds.dataset(path, format=form, filesystem=filesystem)
+        for block in BLOCKS:
+            try:
+                self._read_through(path, filesystem, conditions, form, block)
+            except pa.ArrowInvalid as error:
+                if "block size" not in str(error):
+                    raise
+            else:
+                return
+        raise ConfigurationError(f"{path} has a row of more than {BLOCKS[-1] >> 20} MB; is a quote in it not closed?")
+
+    def _read_through(
+        self, path: str, filesystem: pa.fs.FileSystem, conditions: Sequence[str], form: str, block: int
+    ) -> None:
+        """Read it once, so many bytes at a time: a line that does not parse is found before anything is paid."""
+        self._table = ds.dataset(path, format=_text_format(form, block), filesystem=filesystem)
         self.schema = self._table.schema
         for name, kind in zip(self.schema.names, self.schema.types, strict=True):
             if pa.types.is_binary(kind):  # what the reader makes of text that is not
@@ -340,7 +367,6 @@ class _Text:
         texts = [number for number, kind in enumerate(self.schema.types) if pa.types.is_string(kind)]
         self._texts = texts if form == "csv" else []
         self._filter = _filter(conditions, self.schema)
-        # Read once through: a line that does not parse is found before anything is paid.
         self.rows = 0
         for batch in self._batches(TEXT_GROUP_ROWS):
             batch.validate(full=True)  # JSON is taken as it comes, UTF-8 or not
@@ -361,9 +387,20 @@ class _Text:
             taken += batch.num_rows
             columns = batch.columns
             for number in self._texts:  # an empty cell of csv is a missing value, as it is for pandas
-                columns[number] = pc.if_else(pc.equal(columns[number], ""), None, columns[number])
+                empty = pc.fill_null(pc.equal(columns[number], ""), False)
+                # With pyarrow 17 what if_else makes of a slice is damaged.
+                columns[number] = pc.replace_with_mask(columns[number], empty, pa.scalar(None, pa.string()))
             yield pa.Table.from_arrays(columns, schema=self.schema), taken >= TEXT_GROUP_ROWS
             taken %= TEXT_GROUP_ROWS
+
+
+def _text_format(form: str, block: int) -> ds.FileFormat:
+    if form == "csv":
+        return ds.CsvFileFormat(
+            read_options=pa.csv.ReadOptions(block_size=block),
+            parse_options=pa.csv.ParseOptions(newlines_in_values=True),  # or a block may end in a quoted cell
+        )
+    return ds.JsonFileFormat(read_options=pa.json.ReadOptions(block_size=block))
 
 
 def _filter(conditions: Sequence[str], schema: pa.Schema) -> ds.Expression | None:
@@ -400,6 +437,8 @@ def _condition(text: str, schema: pa.Schema) -> ds.Expression:
             value = pa.scalar(moment.tz_localize(plain.tz) if plain.tz and moment.tz is None else moment, plain)
         else:
             value = pa.scalar(words).cast(plain)
+        if not value.is_valid:  # nothing equals it, nor differs
+            raise ValueError(words)
     except (ValueError, pa.ArrowException) as error:
         raise ConfigurationError(f"where={text!r}: {words!r} is no value for a column of {plain}") from error
     column = ds.field(name) if plain is kind else ds.field(name).cast(plain)

@@ -22,11 +22,12 @@ import pytest
 from pydantic import BaseModel
 
 import llmframe
-from llmframe import JobResult, job_work
+from llmframe import JobResult, job_work, sources
 from llmframe.errors import BudgetExceeded, ConfigurationError, EndpointError, LLMFrameError, TemplateError
 from llmframe.job_work import Paths, Work
 from llmframe.jobs import estimate_job, job_options
 from llmframe.sinks import Sink
+from llmframe.sources import Source
 from tests.server import SimulatedServer
 
 
@@ -205,6 +206,8 @@ def test_nested_properties_are_json_text_in_the_sink(server: SimulatedServer, so
         ("{text}", {"where": "missing"}, ConfigurationError, "no condition; write a column, an operator and a value"),
         ("{text}", {"where": "texd == a"}, ConfigurationError, "no column 'texd'; did you mean 'text'"),
         ("{text}", {"where": "small > many"}, ConfigurationError, "'many' is no value for a column of int8"),
+        ("{text}", {"where": "small != null"}, ConfigurationError, "'null' is no value for a column of int8"),
+        ("{text}", {"where": "day == NaT"}, ConfigurationError, "'NaT' is no value for a column of timestamp"),
         ("{text}", {"limit": 0}, ConfigurationError, "limit=0 has to be a whole number of at least 1"),
         ("{text}", {"dedupe": False}, ConfigurationError, "dedupe=False"),
         ("{text}", {"modell": "m"}, ConfigurationError, "did you mean 'model'"),
@@ -479,6 +482,65 @@ def test_an_empty_cell_of_csv_is_missing_and_not_paid(server: SimulatedServer, t
     assert out[["text", "note"]].isna().to_numpy().tolist() == [[False, True], [True, False], [True, False]]
     assert out["n"].fillna(0).tolist() == [1, 2, 0]
     assert server.stats().received == 1
+
+
+def test_cells_of_several_lines_are_read_as_they_were_written_in_a_large_csv_file_too(tmp_path: Path) -> None:
+    texts = [f"I liked number {number}{'.' * (number % 40)}\nBut, it broke" for number in range(60_000)]
+    frame = pd.DataFrame({"title": [f"Title {number}" for number in range(60_000)], "text": texts})
+    frame.to_csv(tmp_path / "in.csv", index=False)
+    pieces = Source(str(tmp_path / "in.csv")).pieces(10_000)
+    assert pa.concat_tables(piece.table for piece in pieces).to_pydict() == frame.to_dict("list")
+
+
+@pytest.mark.parametrize("name", ["in.csv", "in.jsonl"])
+def test_a_row_may_be_longer_than_a_block(tmp_path: Path, name: str) -> None:
+    texts = ["x" * length for length in (10, 1_500_000, 10, 2_500_000)]
+    frame = pd.DataFrame({"text": texts})
+    if name.endswith(".csv"):
+        frame.to_csv(tmp_path / name, index=False)
+    else:
+        frame.to_json(tmp_path / name, orient="records", lines=True)
+    (table,) = [piece.table for piece in Source(str(tmp_path / name)).pieces(10)]
+    assert table["text"].to_pylist() == texts
+
+
+def test_a_row_without_an_end_is_refused_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "BLOCKS", (1 << 10, 1 << 12))
+    (tmp_path / "in.csv").write_text('text\n"' + "a row\n" * 2_000)
+    with pytest.raises(ConfigurationError, match="is a quote in it not closed"):
+        Source(str(tmp_path / "in.csv"))
+
+
+def test_a_file_that_becomes_shorter_mixes_no_files(server: SimulatedServer, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in "abc":
+        pd.DataFrame({"text": [f"{name} {number}" for number in range(20)]}).to_csv(tmp_path / f"in/{name}.csv")
+    options = job_options(tmp_path / "out", {"model": "m", "base_url": server.base_url, "progress": False})
+    work = Work(Paths(str(tmp_path / "in"), str(tmp_path / "out")), "{text}", options)
+    pd.DataFrame({"text": ["b 0"]}).to_csv(tmp_path / "in/b.csv")
+    with pytest.raises(LLMFrameError, match=r"cannot be read any more: .*b.csv has fewer rows than when"):
+        work.run(lambda: None, lambda: None, partial=False, clean=False)
+    assert not {"b.parquet", "c.parquet"} & {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_endings_may_be_in_capitals_and_text_files_compressed(server: SimulatedServer, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.csv", "B.CSV", "c.csv.gz", "d.jsonl.bz2", "E.PARQUET"):
+        frame, path = pd.DataFrame({"text": [name]}), tmp_path / "in" / name
+        if "csv" in name.lower():
+            frame.to_csv(path, index=False)
+        elif "jsonl" in name:
+            frame.to_json(path, orient="records", lines=True)
+        else:
+            frame.to_parquet(path)
+    assert run_to(server, tmp_path / "in", tmp_path / "out").counts == {"ok": 5}
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "B.parquet",
+        "E.parquet",
+        "a.parquet",
+        "c.csv.parquet",
+        "d.jsonl.parquet",
+    ]
 
 
 def test_a_text_file_that_changes_its_types_half_way_is_refused_before_anything_is_paid(
