@@ -455,6 +455,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> pd.DataFrame:
     Int64Dtype()
     """
     where = os.fspath(path)
+    if not where:  # as a path it would be the working directory
+        raise CheckpointError("'' is no checkpoint; name its directory or URL")
     parts = _Parts(storage_at(path), where)
     while True:
         candidates = [_Candidates.of(name, heads) for name, heads in parts.read(Part.heads)]

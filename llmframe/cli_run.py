@@ -44,7 +44,7 @@ def add_run(verbs: Verbs) -> None:
     group = run.add_argument_group("the job")
     group.add_argument("--dry-run", action="store_true", help="say what it would ask and cost; send nothing")
     group.add_argument("--partial", action="store_true", help="write SINK with what there is, also when stopped")
-    group.add_argument("--clean", action="store_true", help="delete the checkpoint when every row is answered")
+    group.add_argument("--clean", action="store_true", help="delete the checkpoint when all of SOURCE is answered")
     group.add_argument("--dask", metavar="URL", help="ask on the workers of a cluster: tcp://scheduler:8786")
     group.add_argument("--batch", action="store_true", help="by the Batch API first (SINK.batch keeps the job)")
     group.add_argument("--poll-s", type=float, default=POLL_S, metavar="S", help="with --batch: between two looks")

@@ -222,7 +222,11 @@ class Work:
             ended()
         if clean and not self.total.counts.keys() & {"failed", "pending"}:
             assert self.options.checkpoint is not None
-            remove_checkpoint(self.options.checkpoint)
+            if self._paths.limit is None and not self._paths.where:
+                remove_checkpoint(self.options.checkpoint)
+            else:
+                said = f"{self.options.checkpoint} is kept: a job of some rows may not delete the answers of the others"
+                say(said, quiet=self.options.progress is False)
         return self.outcome()
 
     @property
@@ -294,6 +298,8 @@ class Work:
         """Give a job's error with the way to go on."""
         total = self.total
         way = f"the same job goes on from {self.options.checkpoint}"
+        if self.options.refresh:
+            way = f"without refresh {way}; with it every row is asked and paid for again"
         if partial:
             try:
                 again = Work(self._paths, self._prompt, replace(self.options, refresh=False))

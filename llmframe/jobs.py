@@ -67,7 +67,8 @@ def run(
     partial : bool, default False
         Where the job is stopped, write what there is all the same: rows that were not reached are ``pending``.
     clean : bool, default False
-        Delete the checkpoint when the sink is whole and every row has its answer.
+        Delete the checkpoint when the sink is whole and every row has its answer. With ``where=`` or ``limit=`` it is
+        kept, since other rows may have theirs in it.
 
     Returns
     -------
@@ -79,8 +80,8 @@ def run(
     ConfigurationError, TemplateError, SchemaError, CheckpointError
         Before any request.
     EndpointError, BudgetExceeded, Interrupted
-        While it runs; the same call goes on. So it does after an `LLMFrameError` that is none of these: the source
-        cannot be read any more, or the sink be written.
+        While it runs; the same call goes on, but with ``refresh=True`` it asks every row again. So it is after an
+        `LLMFrameError` that is none of these: the source cannot be read any more, or the sink be written.
 
     Examples
     --------

@@ -243,6 +243,7 @@ def test_inspect_shows_what_a_checkpoint_holds(here: Path, capsys: pytest.Captur
     assert '"temperature": 0' in out or '"temperature":0' in out
     assert "1 x " in out
     assert main(["inspect", "nowhere"]) == 2
+    assert main(["inspect", ""]) == 2
 
 
 def test_export_writes_a_checkpoint_as_parquet(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

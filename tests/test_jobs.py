@@ -22,7 +22,7 @@ import pytest
 from pydantic import BaseModel
 
 import llmframe
-from llmframe import JobResult, job_work, sources
+from llmframe import JobResult, job_work, loops, sources
 from llmframe.errors import BudgetExceeded, ConfigurationError, EndpointError, LLMFrameError, TemplateError
 from llmframe.job_work import Paths, Work
 from llmframe.jobs import estimate_job, job_options
@@ -334,7 +334,7 @@ def test_a_job_that_is_stopped_twice_loses_no_answer_that_came(server: Simulated
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    asyncio.run(stop_twice())
+    asyncio.run_coroutine_threadsafe(stop_twice(), loops.background_loop()).result()
     kept = len(llmframe.read_checkpoint(source.with_name("out.parquet.checkpoint")))
     assert kept == work.total.rows_done >= 10
 
@@ -628,14 +628,31 @@ def test_the_checkpoint_goes_when_every_row_has_its_answer_and_only_if_asked_to(
     server: SimulatedServer, source: Path
 ) -> None:
     place = source.with_name("out.parquet.checkpoint")
+    pd.read_parquet(source).head(5).to_parquet(source)
     server.configure(status_all=400)
-    run(server, source, limit=5, clean=True)
+    run(server, source, clean=True)
     assert place.exists()
     server.reset()
-    run(server, source, limit=5)
+    run(server, source)
     assert place.exists()
-    run(server, source, limit=5, clean=True)
+    run(server, source, clean=True)
     assert not place.exists()
+
+
+@pytest.mark.parametrize("some", [{"limit": 5}, {"where": "text != b"}])
+def test_a_job_of_some_rows_keeps_the_checkpoint_that_others_are_in(
+    server: SimulatedServer, source: Path, capsys: pytest.CaptureFixture[str], some: Any
+) -> None:
+    run(server, source)
+    run(server, source, clean=True, progress=None, **some)
+    assert "out.parquet.checkpoint is kept" in capsys.readouterr().err
+    run(server, source)
+    assert server.stats().received == 100
+
+
+def test_a_stopped_refresh_says_what_the_same_job_would_cost(server: SimulatedServer, source: Path) -> None:
+    with pytest.raises(BudgetExceeded, match=r"without refresh the same job goes on from .*asked and paid for again"):
+        run(server, source, refresh=True, max_tokens_total=600, max_tokens=10)
 
 
 def test_a_job_on_object_storage_reads_and_writes_there(
