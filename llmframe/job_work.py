@@ -23,7 +23,7 @@ from llmframe import loops, runner
 from llmframe.checkpoint import Checkpoint, remove_checkpoint
 from llmframe.errors import ConfigurationError, Interrupted, LLMFrameError
 from llmframe.index import Index
-from llmframe.notices import say
+from llmframe.notices import say, warn
 from llmframe.options import Options, check_count
 from llmframe.pacing import Pacer
 from llmframe.planning import output_dtypes, prompts_of, rows_of
@@ -278,10 +278,12 @@ class Work:
     def _begin(self) -> None:
         """Open what is written to: what is wrong with it is known before anything is paid."""
         try:
-            sweep(self._sinks)
+            busy = sweep(self._sinks)
             self._sink = Sink(self._sinks[0])
         except Exception as error:
             raise ConfigurationError(f"{self._sinks[0]} cannot be written: {_reason(error)}") from error
+        if busy:
+            warn(f"another job writes {self._paths.sink} now; what both ask is paid for twice, so stop one of them")
         self._checkpoint = self._open_checkpoint(Index())
         self.began = True
 

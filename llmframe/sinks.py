@@ -128,8 +128,12 @@ def _uploaded(filesystem: Any, path: str) -> Iterator[IO[bytes]]:
         raise
 
 
-def sweep(sinks: Iterable[str]) -> None:
-    """Delete what is left of these files where whoever wrote them was killed."""
+def sweep(sinks: Iterable[str]) -> bool:
+    """Delete what is left of these files where whoever wrote them was killed; whether somebody writes one of them now.
+
+    Of a file at a URL that cannot be known.
+    """
+    busy = False
     names: dict[Path, set[str]] = {}
     for where in sinks:
         filesystem, path = filesystem_of(where)
@@ -145,3 +149,6 @@ def sweep(sinks: Iterable[str]) -> None:
             for match in left:
                 if match["writer"] in dead:
                     directory.delete(match.string)
+                else:
+                    busy = True
+    return busy

@@ -280,11 +280,24 @@ def test_what_a_killed_job_left_of_its_sink_goes_with_the_next_and_nobody_elses_
     subprocess.run([sys.executable, "-c", script, str(sink), str(other)], check=False)
     living = Sink(str(sink))
     assert len(list(sink.parent.glob(".*.tmp"))) == 3
-    run(server, source)
+    with pytest.warns(llmframe.LLMFrameWarning, match="another job writes"):
+        run(server, source)
     assert len(list(sink.parent.glob(".out.parquet-*.tmp"))) == 1
     assert len(list(sink.parent.glob(".other.parquet-*.tmp"))) == 1
     living.close()
     assert not list(sink.parent.glob(".out.parquet-*"))
+
+
+def test_the_same_job_twice_at_a_time_is_warned_of(server: SimulatedServer, source: Path) -> None:
+    server.configure(latency_s=0.5)
+    first = threading.Thread(target=run, args=(server, source))
+    first.start()
+    server.wait_for(received=10)
+    with pytest.warns(llmframe.LLMFrameWarning, match=r"another job writes .*out.parquet now; .* paid for twice"):
+        run(server, source)
+    first.join()
+    run(server, source)
+    assert out_of(source)["response_status"].eq("ok").all()
 
 
 def test_two_jobs_to_one_sink_are_in_each_others_way_nowhere(server: SimulatedServer, source: Path) -> None:
