@@ -37,7 +37,7 @@ def say(text: str, *, quiet: bool, once: bool = False) -> None:
         return
     if once:
         _said.add(text)
-    with suppress(OSError, ValueError):  # it is closed, or whoever read it is gone: no reason to stop a run
+    with suppress(Exception):  # it is closed, or whoever read it is gone, or a user's own: no reason to stop a run
         tqdm.write(f"llmframe: {text}", file=sys.stderr)
 
 
@@ -69,4 +69,7 @@ def _watched() -> bool:
     marimo = sys.modules.get("marimo")
     if marimo is not None and marimo.running_in_notebook():
         return True
-    return sys.stderr is not None and sys.stderr.isatty()
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, OSError, ValueError):  # there is none, or one that only writes, or it is closed
+        return False

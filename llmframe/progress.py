@@ -9,9 +9,11 @@ import math
 import time
 import warnings
 from collections import Counter, deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import TqdmWarning
+from tqdm.utils import disp_len
 
 from llmframe.notices import say, wanted
 
@@ -102,45 +104,42 @@ class Bar:
 
     def __init__(self, state: Going, progress: bool | None) -> None:
         self._state = state
+        self._wanted = state.rows_done < state.rows and wanted(progress)
         self._bar: Any = None
         self._drawn = time.monotonic()
         self._begun = self._drawn, state.rows_done
         self._course = deque([self._begun])
-        if state.rows_done < state.rows and wanted(progress):
-            output = state.options.output
-            self._bar = _Tqdm(
-                desc=output if len(output) <= TITLE else output[: TITLE - 1] + "…",
-                total=state.rows,
-                initial=state.rows_done,
-                dynamic_ncols=True,
-                bar_format=_layout(words(state, rate=0.0)),
-            )
 
     def draw(self) -> None:
         """Bring the bar up to date, where that is due."""
-        if self._bar is not None and time.monotonic() - self._drawn >= DRAW_S:
-            self._update()
-            self._bar.refresh()
+        if self._wanted and (self._bar is None or time.monotonic() - self._drawn >= DRAW_S):
+            with suppress(Exception):  # whoever read it is gone, say; a run that is paid for goes on
+                self._update()
+                self._bar.refresh()
 
     def close(self) -> None:
         """Draw the last state, with the rate over the whole run, and let the bar stand."""
-        if self._bar is not None:
-            self._update()
-            self._bar.close()
+        if self._wanted:
+            with suppress(Exception):
+                self._update()
+                self._bar.close()
 
     def _update(self) -> None:
         state, course = self._state, self._course
+        if self._bar is None:
+            # Not when it is made: nothing that may fail or take long comes between a plan and its run.
+            self._bar = _Tqdm(total=state.rows, initial=self._begun[1], dynamic_ncols=True, bar_format=_layout(""))
         self._drawn = now = time.monotonic()
         while len(course) > 1 and now - course[0][0] > RATE_S:
             course.popleft()
         course.append((now, state.rows_done))
         then, before = course[0] if state.ended is None else self._begun
         columns = self._bar.format_dict["ncols"]  # a terminal's; a notebook has a percentage, or none
-        taken = len(f"{self._bar.desc}|{'':{BLOCKS}}| ")
-        room = columns - taken if isinstance(columns, int) else math.inf
+        width = columns - len(_layout("").format(desc="", bar=" " * BLOCKS)) if isinstance(columns, int) else math.inf
+        self._bar.desc = _cut(state.options.output, min(TITLE, width - len(_count(state))))
         self._bar.n = state.rows_done
         rate = (state.rows_done - before) / (now - then) if now > then else 0.0  # Windows' clock moves every 15 ms
-        self._bar.bar_format = _layout(words(state, rate=rate, room=room))
+        self._bar.bar_format = _layout(words(state, rate=rate, room=width - disp_len(self._bar.desc)))
 
 
 class Lines:
@@ -168,9 +167,31 @@ class Lines:
 class _Tqdm(tqdm):  # type: ignore[type-arg]
     monitor_interval = 0  # no thread that looks after the bar: it is drawn in time as it is
 
+    def refresh(self, nolock: bool = False, lock_args: Any = None) -> Any:  # noqa: ARG002
+        # tqdm's own leaves it taken where drawing raises, and every `say` would wait for it.
+        with self.get_lock():  # type: ignore[no-untyped-call]
+            return super().refresh(nolock=True)
+
+    def close(self) -> None:
+        with suppress(Exception):  # called as it is collected, too, and Python would print what it raises
+            super().close()
+
+
+def _cut(text: str, width: float) -> str:
+    """Shorten a name to so many columns of a terminal, in which some scripts take two a character."""
+    if disp_len(text) <= width:
+        return text
+    while text and disp_len(text) > width - 1:
+        text = text[:-1]
+    return f"{text}…" if width >= 1 else ""
+
 
 def _layout(text: str) -> str:
     return f"{{desc}}|{{bar}}| {text}"
+
+
+def _count(state: Going) -> str:
+    return f"{state.rows_done:,}/{state.rows:,}"
 
 
 def _remaining_s(state: Going, rate: float) -> float:
@@ -197,7 +218,7 @@ def words(state: Going, *, rate: float, room: float = math.inf) -> str:
     limit = state.pacer.limited_by if state.pacer is not None and going else ""
     remaining_s = _remaining_s(state, rate) if rate > 0 else None
     # In the order they are read, each with its weight.
-    said = [(9, f"{state.rows_done:,}/{state.rows:,}")]
+    said = [(9, _count(state))]
     if not going:
         said.append((8, f"in {tqdm.format_interval(state.seconds)}"))
     elif remaining_s is not None:

@@ -5,6 +5,7 @@ The bar is read as a terminal gets it: a pseudo-terminal of a given width, one d
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import subprocess
@@ -18,7 +19,10 @@ from typing import Any, cast
 
 import pandas as pd
 import pytest
+import tqdm.std
+from tqdm.utils import disp_len
 
+import llmframe
 from llmframe import notices, progress
 from llmframe.errors import LLMFrameWarning
 from llmframe.results import Usage
@@ -149,6 +153,94 @@ def test_no_bar_is_drawn_where_nobody_sees_it(server: SimulatedServer, capfd: py
 def test_progress_true_draws_the_bar_anywhere(server: SimulatedServer, capfd: pytest.CaptureFixture[str]) -> None:
     ask(server, frame(3), progress=True)
     assert "3/3, in 00:00" in capfd.readouterr().err
+
+
+class Breaking(io.StringIO):
+    """Standard error on a disk that fills up, or in a pipe that is closed, after so many writes."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self._left = after
+
+    def write(self, text: str) -> int:
+        self._left -= 1
+        if self._left < 0:
+            raise OSError(28, "No space left on device")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_bar_that_cannot_be_drawn_stops_no_run(
+    server: SimulatedServer, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    monkeypatch.setattr(progress, "DRAW_S", 0.0)
+    monkeypatch.setattr(sys, "stderr", Breaking(after))
+    server.reset(latency_s=0.3)
+    out = ask(server, frame(6), progress=True, max_concurrency=2)
+    assert out["response_status"].tolist() == ["ok"] * 6
+
+
+def test_a_bar_that_cannot_be_drawn_leaves_its_lock_to_the_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Breaking(0))
+    bar = progress.Bar(state(options=SimpleNamespace(output="response")), progress=True)
+    bar.draw()
+    other = threading.Thread(target=notices.say, args=("a word",), kwargs={"quiet": False}, daemon=True)
+    other.start()
+    other.join(5.0)
+    assert not other.is_alive()
+
+
+class OnlyWrites:
+    """What some programs put in the place of standard error."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None: ...
+
+
+def closed() -> io.StringIO:
+    file = io.StringIO()
+    file.close()
+    return file
+
+
+@pytest.mark.parametrize("stderr", [None, OnlyWrites(), closed()], ids=["none", "only writes", "closed"])
+@pytest.mark.parametrize("wanted", [None, True])
+def test_a_run_does_without_a_bar_where_standard_error_is_no_file(
+    server: SimulatedServer, monkeypatch: pytest.MonkeyPatch, stderr: Any, wanted: bool | None
+) -> None:
+    monkeypatch.setattr(sys, "stderr", stderr)
+    out = ask(server, frame(2), progress=wanted)
+    assert out["response_status"].tolist() == ["ok"] * 2
+    assert "going on" not in repr(llmframe.last_run())
+
+
+def drawn_in(columns: int, output: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:
+    monkeypatch.setattr(tqdm.std, "_screen_shape_wrapper", lambda: lambda _file: (columns, 24))
+    going = state(rows=100, rows_done=0, options=SimpleNamespace(output=output))
+    bar = progress.Bar(going, progress=True)
+    going.rows_done, going.ended = 100, 1.0
+    bar.close()
+    return capfd.readouterr().err.strip().split("\r")[-1]
+
+
+def test_a_name_in_a_wide_script_takes_no_more_of_the_line_than_there_is(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    drawn = drawn_in(60, "感情分析結果の列名前", monkeypatch, capfd)
+    assert disp_len(drawn) <= 60
+    assert drawn.startswith("感情分析結果の列名前|")
+    assert "100/100, in 00:12" in drawn
+
+
+@pytest.mark.parametrize("columns", [14, 20, 30])
+def test_in_a_narrow_terminal_the_name_is_shortened_before_the_count_goes(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], columns: int
+) -> None:
+    drawn = drawn_in(columns, "a_very_long_output_name_indeed", monkeypatch, capfd)
+    assert "100/100" in drawn
+    assert len(drawn) <= columns
 
 
 # ---- the words of the bar
