@@ -535,8 +535,8 @@ class _Parts:
         try:
             with self._storage.open(name) as file:
                 yield Part(file)
-        except PermissionError as error:
-            raise NotAPart("it may not be read") from error
+        except PermissionError as error:  # another user's, or what a store says of a clock or a token: it may pass
+            raise unreadable(f"{self._where}/{name}", error) from error
         except NewerFormat as error:
             raise CheckpointError(f"{self._where}/{name} cannot be read: {error}") from None
         except Unread as error:

@@ -11,6 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import replace
 
+from llmframe.collecting import collect_young
 from llmframe.endpoint import Endpoint
 from llmframe.pacing import Caps, Pacer
 from llmframe.replicas import ReplicaTransport
@@ -145,6 +146,7 @@ class Line:
             for on_tick in tuple(self._on_tick):
                 on_tick(now)
             self.admit()
+            collect_young()
 
 
 _lines: dict[asyncio.AbstractEventLoop, OrderedDict[object, Line]] = {}

@@ -42,8 +42,8 @@ class Storage(Protocol):
     def open(self, name: str) -> AbstractContextManager[pa.NativeFile | IO[bytes]]:
         """Open a file to read.
 
-        `FileNotFoundError` if it is gone, `PermissionError` if it is not for us, `CheckpointError` for any trouble
-        that may be over the next time: to go on without the file would be to pay for its answers again.
+        `FileNotFoundError` if it is gone, `PermissionError` if it may not be read, `CheckpointError` for any other
+        trouble that may be over the next time: to go on without the file would be to pay for its answers again.
         """
 
     def write(self, name: str) -> AbstractContextManager[IO[bytes]]:

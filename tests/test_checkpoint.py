@@ -644,7 +644,7 @@ def test_a_place_that_cannot_be_written_is_refused(place: str) -> None:
         Checkpoint.open(place, ORIGIN)
 
 
-def test_a_part_that_may_not_be_read_is_skipped_by_name(tmp_path: Path, monkeypatch) -> None:
+def test_a_part_that_may_not_be_read_stops_the_run_before_it_pays_again(tmp_path: Path, monkeypatch) -> None:
     save(tmp_path, {1: answer()})
 
     def refuse(*_: object) -> None:
@@ -652,8 +652,8 @@ def test_a_part_that_may_not_be_read_is_skipped_by_name(tmp_path: Path, monkeypa
 
     with monkeypatch.context() as patch:  # root may read everything
         patch.setattr(pa, "OSFile", refuse)
-        with pytest.warns(LLMFrameWarning, match="may not be read"):
-            assert found(tmp_path, range(2)) == {}
+        with pytest.raises(CheckpointError, match=r"part-.*Permission denied"):
+            found(tmp_path, range(2))
 
 
 def test_a_part_that_cannot_be_opened_for_now_stops_the_run_before_it_pays_again(tmp_path: Path) -> None:
