@@ -98,7 +98,7 @@ class BatchJob:
         self._rows = rows
         self._target: Endpoint | None = None
         self._ledger = place.load()
-        self.directory = os.fspath(place.path)
+        self.directory = place.name
 
     @classmethod
     def open(

@@ -155,6 +155,14 @@ class BatchApi:
             if refusal.http != 404:
                 raise
 
+    async def size(self, file_id: str) -> int | None:
+        """Give the bytes that a file has; None where the provider does not say."""
+        try:
+            file = await self._safely(lambda: self._client.files.retrieve(file_id))
+        except Refused:
+            return None
+        return int(file.bytes) if file.bytes else None
+
     async def fetch(self, file_id: str, file: IO[bytes]) -> None:
         """Write a file's content to an open one, from its start.
 

@@ -106,7 +106,7 @@ def plan_job(place: Place, prompts: Prompts, options: Options, call: Call, keep_
     place.save(Ledger(terms=terms, parts=tuple(parts), swept=not parts))
     if left_out:
         say(
-            f"the column(s) {', '.join(left_out)} cannot be kept in {place.path}: in another process pass the frame, "
+            f"the column(s) {', '.join(left_out)} cannot be kept in {place.name}: in another process pass the frame, "
             "as in job.frame(df)",
             quiet=options.progress is False,
         )

@@ -56,7 +56,7 @@ class Part:
         As the provider names them.
     status : str or None
         The provider's word for how far it is; ``lost`` where the batch is not to be found, and ``cut`` where files of
-        it are not, or only in part.
+        it are not, or only in part, as far as that is to be seen.
     done, failed : int
         Requests so far, as the provider counts them.
     left : int
@@ -285,6 +285,13 @@ class Place:
     path : path
         A local directory.
 
+    Attributes
+    ----------
+    name : str
+        As it was given, for people.
+    path : Path
+        The same, absolute.
+
     Raises
     ------
     ConfigurationError
@@ -297,7 +304,8 @@ class Place:
         where = os.fspath(path)
         if "://" in where:
             raise ConfigurationError(f"job={where!r} has to be a local directory; checkpoint= may be a URL")
-        self.path = Path(where).expanduser()
+        self.name = os.fspath(Path(where).expanduser())
+        self.path = Path(os.path.abspath(self.name))  # of now: a notebook may change its directory before it waits
         self._directory = Directory(self.path)
 
     @property
@@ -310,8 +318,8 @@ class Place:
         where = os.fspath(path)
         if "://" in where:
             return where
-        full, here = (Path(os.path.abspath(each)) for each in (os.path.expanduser(where), self.path))
-        return full.relative_to(here).as_posix() if full.is_relative_to(here) else os.fspath(full)
+        full = Path(os.path.abspath(os.path.expanduser(where)))
+        return full.relative_to(self.path).as_posix() if full.is_relative_to(self.path) else os.fspath(full)
 
     def found(self, noted: str) -> str:
         """Give the path or URL of which the ledger says so."""
@@ -331,9 +339,9 @@ class Place:
         try:
             self._directory.claim("0")
         except filelock.Timeout:
-            raise Busy(f"another process is at work on the job in {self.path}; let it, or end it") from None
+            raise Busy(f"another process is at work on the job in {self.name}; let it, or end it") from None
         except OSError as error:
-            raise ConfigurationError(f"job={str(self.path)!r} is no directory that can be written: {error}") from error
+            raise ConfigurationError(f"job={self.name!r} is no directory that can be written: {error}") from error
         try:
             yield
         finally:
@@ -351,9 +359,9 @@ class Place:
             data = (self.path / LEDGER).read_bytes()
         except OSError as error:
             raise ConfigurationError(
-                f"there is no Batch job in {self.path}; df.llm.submit_batch(..., job={str(self.path)!r}) makes one"
+                f"there is no Batch job in {self.name}; df.llm.submit_batch(..., job={self.name!r}) makes one"
             ) from error
-        return Ledger.from_json(data, os.fspath(self.path))
+        return Ledger.from_json(data, self.name)
 
     def save(self, ledger: Ledger) -> Ledger:
         """Make a ledger durable."""
@@ -370,6 +378,12 @@ class Place:
         """Delete files, those that are there."""
         for name in names:
             self._directory.delete(name)
+
+    def size(self, name: str) -> int:
+        """Give the bytes of a file; 0 where there is none."""
+        with suppress(FileNotFoundError):
+            return (self.path / name).stat().st_size
+        return 0
 
     def lines(self, name: str) -> Iterator[bytes]:
         """Read a file line by line; none where there is no file."""

@@ -112,7 +112,7 @@ def load_rows(place: Place) -> Rows:
     try:
         table, requests = (pq.read_table(place.path / name) for name in (ROWS, REQUESTS))
     except (OSError, pa.ArrowException) as error:
-        raise ConfigurationError(f"the rows of the job in {place.path} cannot be read: {error}") from error
+        raise ConfigurationError(f"the rows of the job in {place.name} cannot be read: {error}") from error
     metadata = table.schema.metadata
     notes = json.loads(metadata[_NOTES])
     request_of, selected, reasons = (table[name].to_numpy() for name in OWN)

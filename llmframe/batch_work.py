@@ -390,8 +390,17 @@ class Worker:
             self._put(replace(part, stage="fetched", missing_since=None))
         elif self._long_missing(part):  # it is lost, and so its files stay: there is no other copy
             words = f"{fault.words}; job.resubmit() fetches them once more"
-            status = "cut" if gone or fault.breaks_off else part.status
+            cut = gone or fault.cut or await self._shorter(part)
+            status = "cut" if cut else part.status
             self._put(replace(part, stage="fetched", status=status, error=words))
+
+    async def _shorter(self, part: Part) -> bool:
+        """Whether less came of a file than the provider says it has: a download may end between two lines, too."""
+        for file_id, name in ((part.output_file_id, part.output), (part.error_file_id, part.errors)):
+            told = None if file_id is None else await self.api.size(file_id)
+            if told is not None and self.directory.size(name) < told:
+                return True
+        return False
 
     # -- what came
 
@@ -497,10 +506,19 @@ def collect(directory: Place, part: Part, checkpoint: Checkpoint, read: Read) ->
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is missing in the files of a batch that has ended, and whether one is there in part, to be seen from it."""
+    """What is missing in the files of a batch that has ended.
+
+    Attributes
+    ----------
+    words : str
+        For people.
+    cut : bool
+        Whether it is to be seen from them that there is more: it may be paid for. A line too few may be one that never
+        was.
+    """
 
     words: str
-    breaks_off: bool = False
+    cut: bool
 
 
 def incomplete(part: Part, directory: Place) -> Fault | None:
@@ -514,11 +532,12 @@ def incomplete(part: Part, directory: Place) -> Fault | None:
         try:
             json.loads(last or b"{}")
         except ValueError:
-            return Fault(f"{name} breaks off in its line {lines:,}", breaks_off=True)
+            return Fault(f"{name} breaks off in its line {lines:,}", cut=True)
     counted = max(part.done + part.failed, part.requests if part.status == "completed" else 0)
     if lines >= counted:
         return None
-    return Fault(f"the batch's files have {lines:,} lines, and it has {counted:,} requests that are done")
+    words = f"the batch's files have {lines:,} lines, and it has {counted:,} requests that are done"
+    return Fault(words, cut=lines == 0 or (part.done > 0 and part.output_file_id is None))
 
 
 def _count(totals: Totals, answer: Completion) -> None:

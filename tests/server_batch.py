@@ -98,6 +98,10 @@ class BatchBehaviour:
         A look at a batch is answered with this status.
     content_share : float
         The share of a file that whoever fetches it gets, as if it were all; with 0 it is a 404.
+    content_lines : int or None
+        The lines of it that they get at most, in the same way.
+    named : bool
+        Whether a batch that has ended names its files.
     """
 
     validate_s: float = 0.0
@@ -116,6 +120,8 @@ class BatchBehaviour:
     listed_after_s: float = 0.0
     look_status: int | None = None
     content_share: float = 1.0
+    content_lines: int | None = None
+    named: bool = True
 
 
 @dataclass(slots=True)
@@ -564,6 +570,8 @@ class Api:
         if file is None or not share:
             return _missing(request)
         path = self.store.content(file["id"])
+        if self.behaviour.content_lines is not None:
+            return web.Response(body=b"".join(path.read_bytes().splitlines(True)[: self.behaviour.content_lines]))
         return web.FileResponse(path) if share == 1 else web.Response(body=_share_of(path, share))
 
     async def delete_file(self, request: web.Request) -> web.Response:
@@ -620,6 +628,8 @@ class Api:
             return _error(self.behaviour.look_status, None)
         if batch is None or self.behaviour.hidden:
             return _missing(request)
+        if not self.behaviour.named:
+            batch |= {"output_file_id": None, "error_file_id": None}
         wait_s = self.behaviour.retry_after_s
         return web.json_response(_shown(batch), headers={} if wait_s is None else {"retry-after": f"{wait_s:g}"})
 

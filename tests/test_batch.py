@@ -543,6 +543,29 @@ def test_a_file_that_stays_short_stays_at_the_provider_and_is_fetched_again_befo
     assert server.files() == []
 
 
+@pytest.mark.parametrize("cut", [{"named": False}, {"content_lines": 0}, {"content_lines": 4}], ids=str)
+def test_what_is_cut_between_two_lines_or_not_named_is_not_taken_for_what_never_was(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path, cut: dict[str, Any]
+) -> None:
+    server.change(**cut)
+    job = submit(server, frame, tmp_path).wait()
+    assert job.parts["status"].tolist() == ["cut"]
+    assert job.missing == 9 - cut.get("content_lines", 0)
+    server.change(named=True, content_lines=None)
+    assert job.refresh().missing == 0
+    assert job.counts == {"ok": 10}
+    assert paid_for(server, frame) == [1] * 9
+
+
+def test_a_line_too_few_in_a_file_that_is_whole_never_was(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    frame["text"] = frame["text"].where(frame["text"] != frame["text"].iloc[0], "[[batch=drop]] " + frame["text"])
+    job = submit(server, frame, tmp_path).wait()
+    assert job.parts["status"].tolist() == ["completed"]
+    assert (job.missing, job.counts) == (0, {"pending": 1, "ok": 9})
+
+
 @pytest.mark.parametrize(
     ("content", "counts", "fault"),
     [
@@ -576,6 +599,18 @@ def test_the_files_at_the_provider_are_deleted_unless_they_are_wanted(
     assert server.files() == []
     submit(server, frame, tmp_path, job=tmp_path / "other", checkpoint=tmp_path / "runs", keep_files=True).wait()
     assert sorted(file["purpose"] for file in server.files()) == ["batch", "batch_output"]
+
+
+def test_a_job_with_a_relative_path_goes_on_where_it_began_whatever_directory_the_process_is_in(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = submit(server, frame, tmp_path, job="job")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert job.wait().counts == {"ok": 10}
+    assert list(Path().iterdir()) == []
+    assert job.directory == "job"
 
 
 def test_a_job_that_is_moved_has_its_answers_and_takes_those_to_come(
