@@ -344,9 +344,14 @@ def _shut_down() -> None:
     if _background is None:
         return
     loop, thread = _background
-    concurrent.futures.wait([asyncio.run_coroutine_threadsafe(_wind_up(), loop)], timeout=CLOSE_S)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(CLOSE_S)
+    ends = time.monotonic() + CLOSE_S
+    # A first interrupt is of somebody who has waited for an end that is near; what was answered is saved before it.
+    with _interrupts_cancel(lambda: None) as interrupts:
+        winding_up = asyncio.run_coroutine_threadsafe(_wind_up(), loop)
+        while not winding_up.done() and time.monotonic() < ends and len(interrupts) < 2:
+            concurrent.futures.wait([winding_up], timeout=HEARTBEAT_S)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(CLOSE_S if len(interrupts) < 2 else HEARTBEAT_S)
 
 
 async def _wind_up() -> None:

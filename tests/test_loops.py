@@ -269,6 +269,29 @@ def test_a_process_that_ends_in_the_middle_of_a_call_saves_what_was_answered_in_
     assert saved_in(tmp_path / "runs") == ANSWERED
 
 
+@needs_sigint
+def test_a_ctrl_c_while_a_process_ends_does_not_lose_what_it_saves(server: SimulatedServer, tmp_path: Path) -> None:
+    body = f"""{STANDSTILL}
+    import atexit, signal
+    from llmframe import checkpoint
+    checkpoint.FLUSH_S = 60.0  # so that all is saved at the end
+    save, ending = checkpoint.Checkpoint.flush, []
+    def interrupted(self):
+        if ending:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+        save(self)
+    checkpoint.Checkpoint.flush = interrupted
+    atexit.register(ending.append, True)
+    threading.Thread(target=ask, args=(df,), kwargs=keywords, daemon=True).start()
+    while not llmframe.runner._last or llmframe.last_run().counts.get("ok") != {ANSWERED}:
+        time.sleep(0.01)
+    """
+    process = script(server, body, CHECKPOINT=str(tmp_path / "runs"))
+    assert finish(process) == (0, "", "")
+    assert saved_in(tmp_path / "runs") == ANSWERED
+
+
 def test_a_call_in_a_thread_goes_on_when_the_main_thread_has_ended(server: SimulatedServer, tmp_path: Path) -> None:
     body = """
     def work():
