@@ -295,8 +295,8 @@ class LLMFrame:
             ``checkpoint`` the answers are in ``<job>/answers``.
         job : path
             A directory that keeps the job, so that any process finds it: `BatchJob.open`. The same call with the same
-            directory goes on with the job that is there, and submits nothing twice. It holds the prompts until they
-            are answered, and never a key.
+            directory goes on with the job that is there, and submits nothing twice; the frame is that of the last
+            call. It holds the prompts until they are answered, and never a key.
         keep_files : bool, default False
             Leave the files at the provider; else they are deleted when their answers are kept.
         poll_s : float, default 10

@@ -21,7 +21,7 @@ import pandas as pd
 from llmframe import answers, loops, runner
 from llmframe.batch_access import Access, checked_poll
 from llmframe.batch_api import Away, BatchApi, Refused
-from llmframe.batch_intake import ANSWERS, check_call, plan_job
+from llmframe.batch_intake import ANSWERS, check_call, keep_rows, plan_job
 from llmframe.batch_ledger import Busy, Ledger, Left, Place
 from llmframe.batch_plan import FileLimits, key_of
 from llmframe.batch_rows import Rows, digest_of, load_rows
@@ -62,14 +62,20 @@ def submit_batch(
     access = Access(options, options.schema, checked_poll(poll_s))
     with place.held():
         if place.exists:
-            terms = place.load().terms
+            ledger = place.load()
+            terms = ledger.terms
             if (terms.digest, terms.output) != (digest_of(call.plan), options.output):
                 raise AnotherCall(
                     f"another call was submitted as {job}: name another directory, or go on with that job by "
                     f"llmframe.BatchJob.open({os.fspath(job)!r})"
                 )
             say(f"{job} is this job already; going on with it", quiet=options.progress is False)
-            made = BatchJob(place, access)
+            kept = load_rows(place)
+            plan = replace(kept.plan, selected=call.plan.selected, skipped=call.plan.skipped)
+            rows = Rows(prompts.frame, plan, kept.asked)  # with other columns, say, or another index
+            keep_rows(place, rows, options)
+            place.save(replace(ledger, terms=replace(terms, details=options.details)))
+            made = BatchJob(place, access, rows)
         else:
             made = BatchJob(place, access, plan_job(place, prompts, options, call, keep_files))
     return made._submitted()

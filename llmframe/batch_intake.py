@@ -81,7 +81,8 @@ def plan_job(place: Place, prompts: Prompts, options: Options, call: Call, keep_
         )
     asked[list(gone)] = False
     plan = replace(plan, unreadable={**plan.unreadable, **gone})
-    left_out = save_rows(place, prompts.frame, plan, asked)
+    rows = Rows(prompts.frame, plan, asked)
+    keep_rows(place, rows, options)
     assert options.model is not None
     assert options.checkpoint is not None
     terms = Terms(
@@ -104,13 +105,18 @@ def plan_job(place: Place, prompts: Prompts, options: Options, call: Call, keep_
         requests=int(asked.sum()),
     )
     place.save(Ledger(terms=terms, parts=tuple(parts), swept=not parts))
+    return rows
+
+
+def keep_rows(place: Place, rows: Rows, options: Options) -> None:
+    """Keep the rows in a job's directory, and say which of their columns cannot be kept."""
+    left_out = save_rows(place, rows.frame, rows.plan, rows.asked)
     if left_out:
         say(
             f"the column(s) {', '.join(left_out)} cannot be kept in {place.name}: in another process pass the frame, "
             "as in job.frame(df)",
             quiet=options.progress is False,
         )
-    return Rows(prompts.frame, plan, asked)
 
 
 def _lines(prompts: Prompts, options: Options, call: Call, numbers: Any, gone: dict[int, str]) -> Iterator[bytes]:

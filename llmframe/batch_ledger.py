@@ -124,7 +124,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """What a job is: nothing of it changes.
+    """What a job is: nothing of it changes, but for the details that the same call wants the next time.
 
     Attributes
     ----------

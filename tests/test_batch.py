@@ -388,6 +388,19 @@ def test_the_same_call_with_the_same_directory_goes_on_with_the_job_that_is_ther
     assert paid_for(server, frame) == [1] * 9
 
 
+def test_the_same_prompts_in_another_frame_come_back_with_that_frame(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path
+) -> None:
+    submit(server, frame, tmp_path).wait()
+    other = frame.reset_index(drop=True).assign(id=range(100, 110))
+    job = submit(server, other, tmp_path, details=True)
+    for found in (job, reopened(server, tmp_path)):
+        out = found.wait().frame()
+        pd.testing.assert_frame_equal(out[["text", "id"]], other)
+        assert out["response_source"].tolist() == ["request"] * 9 + ["duplicate"]
+    assert paid_for(server, frame) == [1] * 9
+
+
 def test_another_call_with_the_same_directory_is_refused(
     server: BatchServer, frame: pd.DataFrame, tmp_path: Path
 ) -> None:
