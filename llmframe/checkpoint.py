@@ -228,6 +228,12 @@ class Checkpoint:
         newest_of_nearest = max(range(len(others)), key=lambda i: (likeness[i], i))
         return _difference(others[newest_of_nearest], here)
 
+    def supersede(self, keys: npt.NDArray[np.void]) -> None:
+        """Let the answers to come win over those on disk to these keys, though another clock was ahead of this one."""
+        with self._indexed() as index:
+            found = [hits.answered_at for hits in index.find(np.sort(keys))]
+        self._answered_at = max([self._answered_at, *(int(each.max()) for each in found if len(each))])
+
     def add(self, key: bytes, completion: Completion) -> None:
         """Take an answer, to be made durable by the next `flush`."""
         # Strictly later than the one before, so that of two answers to a key the later one wins.

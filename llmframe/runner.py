@@ -346,11 +346,14 @@ def _budget(options: Options, params: Mapping[str, Any], price: PriceOf | None) 
 def recall(prepared: Prepared, numbers: npt.NDArray[np.intp] | None = None) -> int:
     """Take what the checkpoint holds, of these requests or of all; how many of them it answers."""
     state, checkpoint = prepared.state, prepared.checkpoint
-    if checkpoint is None or state.options.refresh:
+    if checkpoint is None:
+        return 0
+    keys = state.plan.keys if numbers is None else state.plan.keys[numbers]
+    if state.options.refresh:
+        checkpoint.supersede(keys)
         return 0
     shared = rows_of(state.plan)
     found = 0
-    keys = state.plan.keys if numbers is None else state.plan.keys[numbers]
     if state.options.embeds:
         for places, table in checkpoint.tables(keys):
             read = embeddings(table)

@@ -175,6 +175,21 @@ def test_of_two_answers_within_a_microsecond_the_later_added_is_given_back(tmp_p
     assert found(tmp_path, range(2))[1].text == "c"
 
 
+def test_what_supersedes_an_answer_is_given_back_though_the_clock_of_the_first_was_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time_ns()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time_ns", lambda: now + 60 * 10**9)
+        save(tmp_path, {1: answer("old")})
+    checkpoint = Checkpoint.open(tmp_path, ORIGIN)
+    checkpoint.supersede(packed([key(1), key(2)]))
+    checkpoint.add(key(1), answer("new"))
+    checkpoint.close()
+
+    assert found(tmp_path, range(2))[1].text == "new"
+
+
 @given(
     st.lists(
         st.lists(st.tuples(st.integers(0, 5), st.sampled_from(STATUSES)), min_size=1, max_size=4),

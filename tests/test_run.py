@@ -7,6 +7,7 @@ import itertools
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -479,3 +480,18 @@ def test_extra_headers_and_queries_reach_the_endpoint_as_the_sdk_takes_them(ask:
     assert "user-agent" not in request.headers
     assert request.headers["x-team"] == "a"
     assert request.target.endswith("?a%5B%5D=1&a%5B%5D=2")
+
+
+def test_a_refreshed_answer_is_the_one_that_is_kept_though_the_clock_of_the_first_run_was_ahead(
+    ask: Caller, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def request_ids(**keywords: bool) -> list[str]:
+        return list(ask(texts(2), checkpoint=checkpoint, details=True, **keywords)["response_request_id"])
+
+    now = time.time_ns()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time_ns", lambda: now + 60 * 10**9)
+        first = request_ids()
+    refreshed = request_ids(refresh=True)
+    assert not set(first) & set(refreshed)
+    assert request_ids() == refreshed
