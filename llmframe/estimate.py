@@ -112,6 +112,12 @@ class Estimate:
         caption = "<caption style='text-align:left'>Estimate: nothing was sent</caption>"
         return f"<table>{caption}<tbody>{cells}</tbody></table>"
 
+    @property
+    def _cost_by(self) -> str:
+        """What the cost was taken from, or why it is unknown."""
+        priced = self.prompt_cost_usd is not None
+        return "the completion tokens are unknown" if self.cost_usd is None and priced else self.price_by
+
     def _lines(self) -> list[tuple[str, str, str]]:
         return [
             ("rows", f"{self.rows:,}", ""),
@@ -120,7 +126,7 @@ class Estimate:
             ("to ask", f"{self.requests:,}", "distinct requests"),
             ("prompt tokens", f"{self.prompt_tokens:,}", self.prompts_by),
             ("completion tokens", _shown(self.completion_tokens, "{:,}"), self.completions_by),
-            ("cost", _shown(self.cost_usd, "{:,.4f} USD"), self.price_by),
+            ("cost", _shown(self.cost_usd, "{:,.4f} USD"), self._cost_by),
             ("of it the prompts", _shown(self.prompt_cost_usd, "{:,.4f} USD"), ""),
             ("as a batch", _shown(self.batch_cost_usd, "{:,.4f} USD"), "where the provider's Batch API takes half"),
             *([("saved by it", _shown(self.batch_saves_usd, "{:,.4f} USD"), "")] if self.batch else []),

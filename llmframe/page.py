@@ -82,7 +82,7 @@ def fragment(title: str, figures: list[list[Figure]], troubles: list[Trouble], p
         )
         parts.append(f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>")
     if picture is not None:
-        parts.append(f"<div style='max-width:100%;overflow-x:auto'>{picture}</div>")
+        parts.append(f"<div style='max-width:100%;overflow-x:auto;margin-top:1em'>{picture}</div>")
     parts.append("</div>")
     return "".join(parts)
 

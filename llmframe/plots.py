@@ -22,6 +22,7 @@ INK = "#808080"  # has the same contrast to white and to black
 RATE, WINDOW, MARK = "#3b82c4", "#d9822b", "#c23030"
 SIZE_IN = (9.0, 2.9)
 NAMED = 12  # decisions told in words; more of them would cover the curve
+LABELS = 50  # of them side by side are as wide as the picture
 BINS = 40
 SPANS, EACH = 60, 4  # of the course at most, and the answers that each has on average at least
 FEW = 5  # moments; a line through one of them cannot be seen
@@ -101,13 +102,22 @@ def _draw_course(axes: Axes, course: pd.DataFrame) -> None:
     decided = course[course["decision"] != ""]
     for moment in decided["time_s"]:
         axes.axvline(moment, color=MARK, alpha=0.35, linewidth=0.8)
-    for moment, words in decided[["time_s", "decision"]].head(NAMED).itertuples(index=False):
+    for moment, words in _apart(decided[["time_s", "decision"]], times.max(initial=0.0) / LABELS):
         axes.annotate(
             words, (moment, 1), xycoords=("data", "axes fraction"), rotation=90, va="top", fontsize=6, color=MARK
         )
     axes.set_xlabel("seconds")
     _grey(axes)
     _grey(flight)
+
+
+def _apart(decided: pd.DataFrame, apart_s: float) -> list[tuple[float, str]]:
+    """Choose the decisions that are told in words: the first ones, those out whose words would cover another's."""
+    chosen: list[tuple[float, str]] = []
+    for moment, words in decided.itertuples(index=False):
+        if not chosen or moment - chosen[-1][0] >= apart_s:
+            chosen.append((moment, words))
+    return chosen[:NAMED]
 
 
 def _rates(times: npt.NDArray[np.float64], rates: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], ...]:

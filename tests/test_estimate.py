@@ -146,6 +146,12 @@ def test_what_is_unknown_is_none_and_says_what_would_make_it_known(server: Simul
     assert "unknown" in repr(made)
 
 
+def test_a_cost_that_is_unknown_says_why_and_not_where_the_price_is_from(server: SimulatedServer) -> None:
+    made = frame().llm.estimate("{text}", **given(server, max_tokens=None, prices={"input": 1.0, "output": 2.0}))
+    (line,) = [each for each in repr(made).splitlines() if each.startswith("  cost ")]
+    assert line.split() == ["cost", "unknown", "the", "completion", "tokens", "are", "unknown"]
+
+
 def test_a_schema_is_said_to_be_left_out(server: SimulatedServer) -> None:
     made = frame().llm.estimate("{text}", **given(server, schema=["good", "bad"]))
     assert "the schema not counted" in made.prompts_by

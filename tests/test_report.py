@@ -125,6 +125,14 @@ def test_the_course_of_a_slow_run_is_a_rate_and_not_a_peak_for_each_answer() -> 
     assert np.asarray(line.get_ydata()) == pytest.approx(0.25, abs=0.06)
 
 
+def test_decisions_whose_words_would_cover_one_another_are_marked_and_not_all_told() -> None:
+    seconds = np.array([0.0, 1.0, 1.05, 1.1, 5.0, 10.0])
+    words = ["", "first", "second", "third", "fourth", ""]
+    course = pd.DataFrame({"time_s": seconds, "rate": 1.0, "decision": words, "allowed": math.inf})
+    drawn = plots.draw(course.assign(window=8, in_flight=8), np.array([0.1]))[0]
+    assert [text.get_text() for text in drawn.texts] == ["first", "fourth"]
+
+
 def test_the_plot_can_be_drawn_into_the_users_own_axes(server: SimulatedServer) -> None:
     from matplotlib.figure import Figure
 
