@@ -128,7 +128,13 @@ class Bar:
         state, course = self._state, self._course
         if self._bar is None:
             # Not when it is made: nothing that may fail or take long comes between a plan and its run.
-            self._bar = _Tqdm(total=state.rows, initial=self._begun[1], dynamic_ncols=True, bar_format=_layout(""))
+            self._bar = _Tqdm(
+                desc=_cut(state.options.output, TITLE),
+                total=state.rows,
+                initial=self._begun[1],
+                dynamic_ncols=True,
+                bar_format=_layout(words(state, rate=0.0)),
+            )
         self._drawn = now = time.monotonic()
         while len(course) > 1 and now - course[0][0] > RATE_S:
             course.popleft()
