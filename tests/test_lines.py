@@ -43,7 +43,7 @@ async def turn() -> None:
 
 def finish(line: Line) -> None:
     """Count back a request that was sent."""
-    line.release(1)
+    line.release()
 
 
 def test_whoever_waits_is_let_in_by_order_of_arrival() -> None:
