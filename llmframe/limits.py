@@ -24,6 +24,7 @@ _NAMES = (
 )
 _EPOCH_S = 1e9  # a plain number of seconds beyond this is a moment of this century, not a duration
 _EPOCH_MS = 1e12  # and beyond this it counts milliseconds
+_LONGEST_S = 3.2e9  # a century: no clock goes on for ever, and nobody waits for longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ def rate_headers(headers: Mapping[str, str], wall_now: float) -> RateHeaders | N
 
 
 def retry_after_s(headers: Mapping[str, str], wall_now: float, in_body: str | None = None) -> float | None:
-    """Read how many seconds to wait from ``retry-after-ms`` or ``retry-after`` (seconds, or an HTTP date).
+    """Read how many seconds to wait from ``retry-after-ms`` or ``retry-after`` (seconds, or a moment).
 
     Parameters
     ----------
@@ -87,7 +88,7 @@ def retry_after_s(headers: Mapping[str, str], wall_now: float, in_body: str | No
     """
     milliseconds = _number(headers.get("retry-after-ms"))
     if milliseconds is not None:
-        return max(0.0, milliseconds / 1000)
+        return _wait_s(milliseconds / 1000)
     text = headers.get("retry-after")
     if text is None:
         return _duration_s(in_body, wall_now)
@@ -97,8 +98,8 @@ def retry_after_s(headers: Mapping[str, str], wall_now: float, in_body: str | No
             when = parsedate_to_datetime(text)
         except (ValueError, TypeError, IndexError, OverflowError):
             return None
-        seconds = _seconds_until(when, wall_now)
-    return None if seconds is None else max(0.0, seconds)
+        return _wait_s(_seconds_until(when, wall_now))
+    return _wait_s(_since(seconds, wall_now))
 
 
 def _number(text: str | None) -> float | None:
@@ -135,11 +136,20 @@ def _duration_s(text: str | None, wall_now: float) -> float | None:
             except ValueError:
                 return None
             value = _seconds_until(when, wall_now)
-    elif value > _EPOCH_MS:
-        value = value / 1000 - wall_now
-    elif value > _EPOCH_S:
-        value -= wall_now
-    return None if value is None or not math.isfinite(value) else max(0.0, value)
+    else:
+        value = _since(value, wall_now)
+    return _wait_s(value)
+
+
+def _since(value: float, wall_now: float) -> float:
+    """Give the seconds that a number stands for, which may be a moment of the epoch."""
+    if value > _EPOCH_MS:
+        return value / 1000 - wall_now
+    return value - wall_now if value > _EPOCH_S else value
+
+
+def _wait_s(seconds: float | None) -> float | None:
+    return None if seconds is None or not math.isfinite(seconds) else min(max(0.0, seconds), _LONGEST_S)
 
 
 def _seconds_until(when: datetime, wall_now: float) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from email.utils import formatdate
 
 import pytest
@@ -27,6 +28,8 @@ NOW = 1_700_000_000.0  # 2023-11-14T22:13:20Z
         ({"retry-after-ms": "soon", "retry-after": "2"}, 2.0),
         ({"retry-after": formatdate(NOW + 42, usegmt=True)}, 42.0),
         ({"retry-after": "Tue, 14 Nov 2023 22:14:02 -0000"}, 42.0),
+        ({"retry-after": "1700000002"}, 2.0),
+        ({"retry-after": "1700000002000"}, 2.0),
     ],
 )
 def test_retry_after_is_read_in_every_form(headers: dict[str, str], seconds: float) -> None:
@@ -43,6 +46,13 @@ def test_a_retry_after_in_the_past_is_no_wait(text: str) -> None:
 )
 def test_rubbish_in_retry_after_is_ignored(text: str) -> None:
     assert retry_after_s({"retry-after": text}, NOW) is None
+
+
+@pytest.mark.parametrize("name", ["retry-after", "retry-after-ms"])
+def test_a_retry_after_that_is_absurd_is_one_that_a_date_can_tell(name: str) -> None:
+    seconds = retry_after_s({name: "1e20"}, NOW)
+    assert seconds is not None
+    assert time.localtime(NOW + seconds).tm_year < 3000
 
 
 def test_no_retry_after_is_none() -> None:
