@@ -57,6 +57,7 @@ UNSUPPORTED = frozenset({400, 404, 405, 415, 422, 500, 501})  # what comes of a 
 PASSING = frozenset({408, 409, 424, 425, 498})  # 424: TGI, a fault while it generated; 498: Groq, no capacity just now
 
 _MODERATED = re.compile(r"requires moderation|input was flagged|violates usage guidelines|SAFETY_CHECK_TYPE", re.I)
+_NO_CREDIT = re.compile(r"your credit balance is too low", re.I)  # Anthropic's, a 400 like that of any bad request
 _TRY_AGAIN = re.compile(
     r"(?:try again|retry) (?:in|after) ((?:\d+(?:\.\d+)?(?:ms|[smhd]))+\b|\d+(?:\.\d+)?(?= seconds?\b))", re.I
 )
@@ -172,7 +173,7 @@ def of_no_answer(status: int, body: bytes, redact: Callable[[str], str] = str) -
 
 def _judge(status: int, error: Any, message: str) -> Failure:
     codes, lower = _codes(error), message.lower()
-    if codes & QUOTA_CODES or status == 402:
+    if codes & QUOTA_CODES or status == 402 or _NO_CREDIT.search(message):
         return Failure("run", "access", f"{message} (no quota left: check the plan and billing of this key)", status)
     if codes & FILTER_CODES or (status == 403 and _is_moderated(error, message)):
         return Failure("row", "request", message, status, "filtered")

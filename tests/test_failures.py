@@ -103,6 +103,13 @@ def test_a_spent_quota_ends_the_run_whatever_the_status(status: int, code: str, 
     assert "billing" in failure.message
 
 
+def test_credit_that_runs_out_as_a_bad_request_ends_the_run() -> None:
+    words = "Your credit balance is too low to access the Anthropic API. Please go to Plans & Billing."
+    failure = failed(400, error(message=words, kind="invalid_request_error"))
+    assert (failure.verdict, failure.kind) == (RUN, "access")
+    assert "billing of this key" in failure.message
+
+
 @pytest.mark.parametrize("status", [200, 400, 403, 422, 500])
 @pytest.mark.parametrize("code", sorted(FILTER_CODES))
 def test_a_filtered_prompt_is_its_rows_own_and_filtered(status: int, code: str) -> None:
