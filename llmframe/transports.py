@@ -199,10 +199,10 @@ class AiohttpTransport:
         except aiohttp.ConnectionTimeoutError as error:
             raise Unreachable("connection", "no connection in time") from error
         except (aiohttp.ClientError, OSError) as error:
-            if isinstance(error, aiohttp.ClientResponseError) and "content-encoding" in error.message:
+            if (words := _undecodable(error)) is not None:
                 # Each is paid for, and the next would be no other.
                 raise EndpointError(
-                    f"the endpoint compresses its answers as nobody asked for: {error.message}; turn that off there, "
+                    f"the endpoint compresses its answers as nobody asked for: {words}; turn that off there, "
                     f"or install what is missing; sent to {without_secrets(str(self._url))}"
                 ) from None  # aiohttp's own quotes the URL, with a key in its query
             raise Lost("connection", self._words_of(error)) from error
@@ -213,6 +213,13 @@ class AiohttpTransport:
     async def close(self) -> None:
         """Close the session."""
         await self._session.close()
+
+
+def _undecodable(error: BaseException) -> str | None:
+    """Give the words for a compression that cannot be read: unknown from its head, or wrong once the body comes."""
+    cause = error.__cause__ if isinstance(error, aiohttp.ClientPayloadError) else error
+    words = str(getattr(cause, "message", ""))
+    return " ".join(words.split()) if "content-encoding" in words else None
 
 
 def _tls() -> Any:

@@ -306,6 +306,12 @@ def test_an_answer_in_a_coding_that_cannot_be_read_ends_the_run_at_the_first() -
     assert "efgh" not in "".join(traceback.format_exception(caught.value))
 
 
+def test_an_answer_that_is_not_compressed_as_its_head_says_ends_the_run_at_the_first() -> None:
+    answer = b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 2\r\n\r\n{}"
+    with pytest.raises(EndpointError, match=r"compresses its answers as nobody asked for: .*gzip; .*; sent to"):
+        asyncio.run(answer_raw("plain", answer))
+
+
 def test_what_a_transport_says_of_a_failure_holds_no_key_of_the_url() -> None:
     extras = Extras((), (("api_key", "abc/d+efgh"),))
     with pytest.raises(Unreachable) as caught:  # aiohttp quotes the URL

@@ -416,7 +416,6 @@ HEADS = {
     "chunks that break off": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\n{",
     "no HTTP": b"hello\r\n\r\n",
     "a content-length of no sense": b"HTTP/1.1 200 OK\r\ncontent-length: many\r\n\r\n",
-    "gzip that is none": b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 2\r\n\r\n",
 }
 
 
