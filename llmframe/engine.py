@@ -477,7 +477,7 @@ class Crew:
         if failure.verdict != "retry" or failure.kind in failures.REPLICA:
             pacer.released(now, latency_s=latency_s, alive=reply is not None)
             return None
-        asked_s = retry_after_s(reply.headers, time.time(), failure.wait) if reply else None
+        asked_s = self._asked_of_all_s(reply, failure)
         full = failure.kind == "server error" and failure.http not in NOT_THERE and self._crowding.full
         if failure.kind == "server error" and self._crowding.by_chance and not full:
             pacer.released(now, latency_s=latency_s, alive=reply is not None)
@@ -487,6 +487,14 @@ class Crew:
             pacer.refused(now, latency_s=latency_s, reserved=job.tokens, retry_after_s=asked_s, headers=headers)
         else:
             pacer.failed(now, latency_s=latency_s, kind=failure.kind)
+        return asked_s
+
+    def _asked_of_all_s(self, reply: Reply | None, failure: Failure) -> float | None:
+        """Give the seconds that a reply asks to wait; None where that is one server's word, and others answer."""
+        asked_s = retry_after_s(reply.headers, time.time(), failure.wait) if reply else None
+        others_answer = self._line.answered and self._line.pacer.down_since is None
+        if asked_s is not None and asked_s > PATIENCE_S and failure.kind != "rate limit" and others_answer:
+            return None  # a page of maintenance: where it is every server's, an outage is found in a moment
         return asked_s
 
     def _settle(self, job: Job, failure: Failure, asked_s: float | None, now: float) -> float | None:

@@ -257,6 +257,20 @@ def test_a_retry_after_beyond_patience_ends_the_run_and_says_until_when(server: 
     assert server.stats().received <= START
 
 
+@pytest.mark.usefixtures("quick_backoff")
+def test_one_servers_page_of_maintenance_ends_no_run_that_others_answer(server: SimulatedServer) -> None:
+    server.reset(latency_s=0.02, retry_after="seconds", retry_after_s=3600)
+    ran = ask(server, [*rows(20), "[[status=503]]", *rows(40)[20:]], Policy(Caps(max_concurrency=4), max_attempts=2))
+    assert ran.statuses == ["ok"] * 20 + ["failed"] + ["ok"] * 20
+
+
+@pytest.mark.usefixtures("quick_backoff")
+def test_maintenance_of_every_server_ends_the_run_and_says_until_when(server: SimulatedServer) -> None:
+    server.reset(retry_after="seconds", retry_after_s=3600, schedule=[(0.2, {"status_all": 503})], latency_s=0.02)
+    with pytest.raises(EndpointError, match=r"asks to come back at .* in 3,600 s"):
+        ask(server, rows(5000), Policy(Caps(max_concurrency=10)))
+
+
 # ---- what ends a row
 
 
