@@ -7,6 +7,7 @@ is in flight and not what waits. Whatever was answered is delivered, also while 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections import Counter, deque
@@ -45,6 +46,9 @@ MAYBE_BILLED = frozenset({408, 502, 504, 520, 524})
 REFUSALS_A_STRIKE = 3  # of one row, while others are answered: bad luck with a limit, until it has lasted too long
 SILENCE_S = 30.0  # an endpoint that stops for so long (a failover, a collection) still answers what it has taken
 SILENT = 8  # requests in flight, and half the window: where none is answered, it is not they that met a fault
+PERHAPS_THE_ROWS = frozenset({403, 404})
+"""Statuses that end a run as a rule, and that some give to a row: a firewall to its words, a router to its images."""
+DENIED = 3  # rows so refused, with no answer to what was sent after the first, are no chance
 STRIKES_TOGETHER = 3  # failures of a request of several rows before it is sent in parts: it may be one of them
 BYTES_A_TOKEN = 4  # of English; the pacer learns how far that is off
 EXPECTED_TOKENS = 64  # reserved for an answer, until the pacer has learned what requests really take
@@ -175,6 +179,16 @@ class Job:
     url: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class _Denied:
+    """A row refused as a run is, where others are answered: whose fault it is will show by what is sent after it."""
+
+    job: Job
+    failure: Failure
+    at: float
+    answered_before: int
+
+
 class Crew:
     """The workers of one run.
 
@@ -238,6 +252,7 @@ class Crew:
         self._there = False  # a server has refused a request itself
         self._asked_s = 0.0  # the longest wait that was asked for
         self._trouble = "none yet"  # the last failure, for the message when patience runs out
+        self._denied: list[_Denied] = []
         self._refusals: list[int | None] | None = []  # HTTP statuses of the first rows, while all are one 4xx
         self._finished: asyncio.Future[None] = self._loop.create_future()
 
@@ -426,6 +441,8 @@ class Crew:
         self._timeout.answered(latency_s)
         self._tally.answered += 1
         self._refusals = None
+        if self._denied:
+            self._clear(job.started)
         if job.unfit is not None:
             completion = after(job.unfit, completion)
         if self._ask_again is not None:
@@ -500,7 +517,10 @@ class Crew:
     def _settle(self, job: Job, failure: Failure, asked_s: float | None, now: float) -> float | None:
         """Stop the run, give up the row, or give the seconds to wait for its next attempt."""
         if failure.verdict == "run":
-            self._stop_at(job, failure.message)
+            if self._line.answered and failure.http in PERHAPS_THE_ROWS:
+                self._deny(_Denied(job, failure, now, self._tally.answered))
+            else:
+                self._stop_at(job, failure.message)
             return None
         if failure.verdict == "row":
             self._refused_since = None
@@ -533,6 +553,28 @@ class Crew:
         if self._line.pacer.down_since is not None:
             return 0.0  # its probes are spaced already
         return failures.backoff_s(max(1, job.strikes), random.random())
+
+    def _deny(self, denied: _Denied) -> None:
+        """Put a row by that is refused as a run is; stop where that is what comes of all that is sent."""
+        job = denied.job
+        job.failed += 1
+        self._failing += job.failed == 1
+        self._denied.append(denied)
+        first = self._denied[0]
+        others = sum(other.started >= first.job.started for other in self._flying)
+        others += self._tally.answered - first.answered_before
+        if len(self._denied) >= max(DENIED, others):  # half of what was sent since, though answers take longer
+            self._stop_at(first.job, first.failure.message)
+        self._finish_if_done()
+
+    def _clear(self, sent: float) -> None:
+        """Fail the rows that were put by before something was sent that is answered now: the endpoint is as it was."""
+        cleared = [each for each in self._denied if each.at < sent]
+        self._denied = [each for each in self._denied if each.at >= sent]
+        for each in cleared:
+            failure = replace(each.failure, verdict="row")
+            if not self._divide(each.job, failure):
+                self._give_up(each.job, failure)
 
     def _refused_too_long(self, job: Job, failure: Failure, now: float) -> bool:
         """Stop when nothing but 429s has come for too long, as from a limit by the day that says no more than that.
@@ -612,8 +654,14 @@ class Crew:
         self._finish_if_done()
 
     def _finish_if_done(self) -> None:
-        if self._exhausted and self._open == 0 and not self._finished.done():
+        if not self._exhausted or self._open > len(self._denied) or self._finished.done():
+            return
+        if not self._denied:
             self._finished.set_result(None)
+        elif self._tally.answered:  # and nothing will be sent any more that would tell
+            self._clear(math.inf)
+        else:
+            self._stop_at(self._denied[0].job, self._denied[0].failure.message)
 
     def _stop_at(self, job: Job, words: str) -> None:
         """Stop the run for what an endpoint said to a request, and say which it was."""

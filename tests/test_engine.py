@@ -350,6 +350,63 @@ def test_what_no_row_can_mend_ends_the_run_at_once(
     assert server.stats().received <= START
 
 
+@pytest.mark.parametrize("wish", ["403", "404"])
+@pytest.mark.parametrize("place", [0, 60, 119])
+def test_a_row_that_a_firewall_or_a_router_refuses_fails_alone_where_others_are_answered(
+    server: SimulatedServer, wish: str, place: int
+) -> None:
+    server.reset(latency_s=0.02)
+    texts = rows(120)
+    texts[place] = f"[[status={wish}]]"
+
+    async def main() -> Ran:
+        await Ran(["first"], base_url=server.base_url).run()
+        async with asking(server, texts) as ran:
+            pass
+        return ran
+
+    ran = asyncio.run(main())
+    assert [number for number in range(120) if ran.outcomes[number].status == "failed"] == [place]
+    assert f"HTTP {wish}" in ran.error(place)
+    assert received(server, texts[place]) == 1
+
+
+def test_many_rows_that_are_refused_at_once_fail_alone_though_answers_take_longer(server: SimulatedServer) -> None:
+    server.reset(latency_s=0.3)
+    texts = ["first", *(f"[[status=404]] {number}" if number % 4 == 0 else f"{number}" for number in range(80))]
+    policy = Policy(Caps(max_concurrency=8))
+    ran = Ran(texts, policy, server.base_url)
+
+    async def main() -> None:
+        await Ran(["first"], policy, server.base_url).run()
+        await ran.run()
+
+    alone(main())
+    assert ran.statuses == ["failed" if text.startswith("[[") else "ok" for text in texts]
+
+
+def test_a_run_of_which_nothing_is_answered_ends_though_the_endpoint_answered_another(server: SimulatedServer) -> None:
+    async def main() -> None:
+        await Ran(["first"], base_url=server.base_url).run()
+        async with asking(server, ["[[status=404]]", "[[status=404]] b"]):
+            pass
+
+    with pytest.raises(EndpointError, match="HTTP 404"):
+        asyncio.run(main())
+
+
+@pytest.mark.parametrize("latency_s", [0.0, 0.05])
+def test_a_key_that_may_no_more_half_way_fails_no_row_and_ends_the_run_soon(
+    server: SimulatedServer, latency_s: float
+) -> None:
+    server.reset(latency_s=latency_s, schedule=[(0.3, {"status_all": 403})])
+    ran = Ran(rows(100_000), base_url=server.base_url)
+    with pytest.raises(EndpointError, match=r"HTTP 403: .*this key may not do this here"):
+        alone(ran.run())
+    assert set(ran.statuses) == {"ok"}
+    assert server.stats().received - len(ran.outcomes) < 500
+
+
 def test_a_base_url_without_v1_is_shown_as_built_and_hinted_at(server: SimulatedServer) -> None:
     ran = Ran(rows(100), base_url=server.base_url.removesuffix("/v1"))
     with pytest.raises(EndpointError, match="/v1") as caught:
