@@ -21,7 +21,7 @@ from llmframe.budget import Budget, Cost
 from llmframe.crowding import Crowding
 from llmframe.endpoint import CONNECT_S, Endpoint
 from llmframe.errors import BudgetExceeded, EndpointError
-from llmframe.failures import Failure, Unreachable
+from llmframe.failures import Failure, Kind, Unreachable
 from llmframe.limits import rate_headers, retry_after_s
 from llmframe.lines import Line
 from llmframe.pacing import Caps
@@ -402,7 +402,8 @@ class Crew:
             waited_s = self._loop.time() - job.started
             return None, None, Failure("retry", "timeout", f"no answer within {waited_s:.1f} s")
         except ReplicaDown as error:
-            return None, None, Failure("retry", "replica lost" if error.taken else "replica away", error.message)
+            kind: Kind = "replica lost" if error.taken else "replica away"
+            return None, None, Failure("retry", kind, error.message, error.status)
         except Lost as error:
             # Somebody was there, and it may be the row that brought him down.
             return None, None, replace(failures.of_error(error), kind="server error")
@@ -597,6 +598,9 @@ class Crew:
 
     def _is_strike(self, job: Job, failure: Failure) -> bool:
         """Whether a failure may be the row's own, and not the endpoint's or its other users'."""
+        if failure.kind == "replica away" and failure.http is not None:
+            job.refusals += 1  # one that is set up otherwise is soon out, and then every other says the same
+            return job.refusals % REFUSALS_A_STRIKE == 0
         if failure.kind in ("connection", "replica away"):
             return False  # nobody took the request, and patience decides how long that may last
         if failure.kind == "rate limit" or self._crowding.often_fails:

@@ -58,6 +58,7 @@ PASSING = frozenset({408, 409, 424, 425, 498})  # 424: TGI, a fault while it gen
 
 _MODERATED = re.compile(r"requires moderation|input was flagged|violates usage guidelines|SAFETY_CHECK_TYPE", re.I)
 _NO_CREDIT = re.compile(r"your credit balance is too low", re.I)  # Anthropic's, a 400 like that of any bad request
+_NO_MODEL = re.compile(r"invalid model name passed in model", re.I)  # LiteLLM's, a 400
 _TRY_AGAIN = re.compile(
     r"(?:try again|retry) (?:in|after) ((?:\d+(?:\.\d+)?(?:ms|[smhd]))+\b|\d+(?:\.\d+)?(?= seconds?\b))", re.I
 )
@@ -188,7 +189,7 @@ def _judge(status: int, error: Any, message: str) -> Failure:
         return Failure("row", "request", message, status)
     if limited:
         return Failure("retry", "rate limit", message, status, wait=_wait(error, message))
-    if status == 404 or "model_not_found" in codes:
+    if status == 404 or "model_not_found" in codes or _NO_MODEL.search(message):
         hint = "check model=" if "model" in lower or "deployment" in lower else "check base_url=: most end in /v1"
         return Failure("run", "access", f"{message} ({hint})", status)
     if 300 <= status < 400:

@@ -71,17 +71,20 @@ class Lost(Unreachable):
 
 
 class ReplicaDown(Unreachable):
-    """One of several replicas gave no reply, and another is up: it can be asked at once.
+    """One of several replicas gave no answer, and another is up: it can be asked at once.
 
     Attributes
     ----------
     taken : bool
-        Somebody was there when the request was sent.
+        Somebody was there when the request was sent, and may have worked on it.
+    status : int or None
+        Of a reply that no healthy replica would give, unless it is for the row's own sake.
     """
 
-    def __init__(self, message: str, *, taken: bool) -> None:
+    def __init__(self, message: str, *, taken: bool, status: int | None = None) -> None:
         super().__init__("connection", message)
         self.taken = taken
+        self.status = status
 
 
 class Transport(Protocol):

@@ -137,6 +137,7 @@ def test_a_filtered_prompt_is_its_rows_own_and_filtered(status: int, code: str) 
         (400, error("context_length_exceeded"), ROW, "request"),
         (400, error("model_not_found"), RUN, "access"),
         (404, error("model_not_found"), RUN, "access"),
+        (400, error("400", "/chat/completions: Invalid model name passed in model=m."), RUN, "access"),  # LiteLLM
         (404, {"detail": "Not Found"}, RUN, "access"),
         (401, error("invalid_api_key"), RUN, "access"),
         (503, error(kind="overloaded_error"), RETRY, "server error"),

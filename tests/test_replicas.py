@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 import llmframe
 from llmframe.errors import ConfigurationError, EndpointError
 from llmframe.outages import PROBE_S, SUSPECT
-from llmframe.replicas import Rota, Sign, resolve
+from llmframe.replicas import REST_S, Rota, Sign, resolve
 from tests.server import SimulatedServer, Stats
 
 URLS = ["http://one:8000/v1", "http://two:8000/v1", "http://three:8000/v1"]
@@ -91,6 +92,32 @@ def test_one_probe_at_a_time_and_an_answer_to_it_puts_the_replica_back() -> None
     assert rota.take(PROBE_S) == rota.take(PROBE_S) == 1
     assert rota.give_back(0, PROBE_S, PROBE_S + 0.1, "alive") == "back"
     assert rota.take(PROBE_S + 0.1) == 0
+
+
+def test_one_that_refuses_rests_and_then_a_single_request_tells_whether_it_still_does() -> None:
+    rota = Rota(2)
+    assert rota.take(0.0) == 0
+    rota.rest(0, 0.0, 0.05, None)
+    rota.give_back(0, 0.0, 0.05, "alive")
+    assert {rota.take(0.05 + REST_S / 2) for _ in range(5)} == {1}
+    after = 0.06 + REST_S
+    assert [rota.take(after) for _ in range(3)] == [0, 1, 1]
+    rota.rest(0, after, after + 0.01, None)
+    assert {rota.take(after + 1.9 * REST_S) for _ in range(5)} == {1}, "it rests for longer"
+    assert [rota.take(after + 2.1 * REST_S) for _ in range(3)] == [0, 1, 1]
+    rota.give_back(0, after + 2.1 * REST_S, after + 2.2 * REST_S, "alive")
+    assert {rota.take(after + 2.2 * REST_S) for _ in range(3)} == {0}
+
+
+def test_one_that_asks_for_a_wait_rests_for_as_long_and_where_all_do_the_first_is_waited_for() -> None:
+    rota = Rota(2)
+    rota.rest(0, 0.0, 0.1, 30.0)
+    assert {rota.take(30.0) for _ in range(5)} == {1}
+    assert rota.is_any_free(30.0)
+    rota.rest(1, 10.0, 20.0, 5.0)
+    assert not rota.is_any_free(20.0)
+    assert rota.free_s(20.0) == 5.0
+    assert rota.take(20.0) == 1
 
 
 def test_an_answer_from_before_the_trouble_puts_nobody_back() -> None:
@@ -178,7 +205,16 @@ def test_a_replica_that_answers_everything_with_503_gets_hardly_a_request(server
     assert servers[1].stats().received <= 40  # those of the first moment, and probes
 
 
-@pytest.mark.parametrize("fault", [{"status_all": 401}, {"status_all": 404}, {"p_html": 1.0}], ids=str)
+STRANGE = [
+    {"status_all": 401},
+    {"status_all": 402},
+    {"status_all": 404},
+    {"status_all": 429, "error_code": "insufficient_quota"},
+    {"p_html": 1.0},
+]
+
+
+@pytest.mark.parametrize("fault", STRANGE, ids=str)
 def test_a_replica_that_is_set_up_otherwise_than_the_rest_costs_no_row(
     servers: list[SimulatedServer], fault: dict[str, Any]
 ) -> None:
@@ -186,6 +222,37 @@ def test_a_replica_that_is_set_up_otherwise_than_the_rest_costs_no_row(
     out = ask(servers, 300)
     assert (out["response_status"] == "ok").all()
     assert servers[1].stats().received <= 40  # those of the first moment, and probes
+
+
+@pytest.mark.parametrize(
+    "fault", [{"status_all": 429}, {"status_all": 429, "retry_after_s": 30}, {"status_all": 503, "retry_after_s": 30}]
+)
+def test_a_replica_that_refuses_everything_holds_no_row_and_no_other_replica(
+    servers: list[SimulatedServer], fault: dict[str, Any]
+) -> None:
+    servers[1].change(latency_s=0.0, **fault)
+    began = time.monotonic()
+    out = ask(servers[:2], 300)
+    assert (out["response_status"] == "ok").all()
+    assert time.monotonic() - began < 10.0
+    assert servers[1].stats().received <= 60  # those of the first moment, and tries
+
+
+def test_where_every_replica_refuses_the_first_to_be_free_is_waited_for(servers: list[SimulatedServer]) -> None:
+    for server, wait_s in zip(servers[:2], (1, 30), strict=True):
+        server.reset(status_all=429, retry_after_s=wait_s, schedule=[(0.5, {"status_all": None})])
+    began = time.monotonic()
+    out = ask(servers[:2], 30)
+    assert (out["response_status"] == "ok").all()
+    assert 1.0 <= time.monotonic() - began < 10.0
+
+
+def test_a_row_that_every_replica_refuses_as_a_stranger_would_fails_alone(servers: list[SimulatedServer]) -> None:
+    frame = pd.DataFrame({"text": [f"row {number}" if number != 100 else "[[status=403]]" for number in range(300)]})
+    urls = [server.base_url for server in servers]
+    out = llmframe.LLMFrame(frame).complete("text", model="m", base_url=urls, progress=False)
+    assert out["response_status"].tolist() == ["ok"] * 100 + ["failed"] + ["ok"] * 199
+    assert sum(server.stats().received for server in servers) < 330
 
 
 def test_a_refusal_by_every_replica_is_the_endpoints_and_names_one_that_refused(servers: list[SimulatedServer]) -> None:
