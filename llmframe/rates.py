@@ -13,6 +13,8 @@ from collections.abc import Sequence
 STRETCH = 1.02  # a capped second is counted 2 % longer: the network may deliver 20 ms closer together than we sent
 MARGIN_S = 0.05  # of a told rate are left in the endpoint's bucket: headers are that stale
 MINUTE_S, HOUR_S, DAY_S = 60.0, 3600.0, 86_400.0
+SECOND_S = 1.05  # no reset of a limit by the second is longer, with what the network adds
+SOONER = 10.0  # times as fast as a minute's limit fills: some round, and answers overtake one another
 HISTORY_STEP_S = 0.005  # how finely it is known what was sent when
 HISTORY = 100_000  # steps kept
 SILENT = 12  # answers in a row without a word of a limit that others told: it is there no more
@@ -157,6 +159,9 @@ class Allowance:
         self._limit = 0.0
         self._room = 1.0  # the most that was ever left
         self._silent = 0  # answers in a row that told nothing
+        self._longest_s = 0.0  # of the resets told
+        self._emptied_at: float | None = None  # when hardly anything was left
+        self._by_second = False
 
     def wait_s(self, now: float, amount: float) -> float:
         """Say how long so much must wait."""
@@ -205,11 +210,12 @@ class Allowance:
         if limit != self._limit:
             self._room *= limit / self._limit if self._limit else 1.0
             self._limit = limit
-        period_s = MINUTE_S
+            self._longest_s, self._by_second = 0.0, False
+        self._room = max(self._room, remaining)
+        period_s = 1.0 if self._is_by_second(now, remaining, reset_s) else MINUTE_S
         if reset_s is not None and reset_s > MINUTE_S + 1:  # it takes longer to fill: a limit an hour or a day
             period_s = HOUR_S if reset_s <= HOUR_S + 1 else DAY_S
         self.rate = limit / period_s
-        self._room = max(self._room, remaining)
         self._refill(now)
         gone = [amount - self.rate * age_s for amount, age_s in sent]
         level = min(remaining - max(0.0, gone[0], gone[1]), self._room - max(0.0, *gone[2:], 0.0))
@@ -218,6 +224,21 @@ class Allowance:
             self._level = level
         self._at = now
         self.known = True
+
+    def _is_by_second(self, now: float, remaining: float, reset_s: float | None) -> bool:
+        """Whether it was seen to fill far sooner than by the minute, and no reset was ever longer than a second.
+
+        A small reset alone proves nothing: a minute's bucket that is small or nearly full has one, and a minute's
+        window has one at its end.
+        """
+        self._longest_s = max(self._longest_s, reset_s or 0.0)
+        if remaining <= 0.25 * self._room:
+            self._emptied_at = now
+        elif remaining >= 0.75 * self._room and self._emptied_at is not None:
+            by_minute = (now - self._emptied_at) * self._limit / MINUTE_S
+            self._by_second |= reset_s is not None and 0.5 * self._room > SOONER * by_minute
+            self._emptied_at = None
+        return self._by_second and self._longest_s <= SECOND_S and self._room > 0.5 * self._limit
 
     def untold(self) -> None:
         """Note an answer that told nothing; what nobody tells of for a while is forgotten."""

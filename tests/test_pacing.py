@@ -415,6 +415,34 @@ def test_tokens_that_run_out_are_named() -> None:
     assert pacer.limited_by == "tokens/min"
 
 
+def told(pacer: Pacer, now: float, remaining: float, reset_s: float) -> None:
+    """Let an answer say what is left of twenty requests."""
+    pacer.sent(now - 0.1, 10)
+    headers = RateHeaders(20, remaining, reset_s, None, None, None)
+    pacer.answered(now, latency_s=0.1, reserved=10, used=10, headers=headers)
+
+
+def test_a_limit_by_the_second_is_not_taken_for_one_by_the_minute() -> None:
+    pacer = Pacer(Caps(), 0.0)
+    for left in range(19, -1, -1):
+        told(pacer, 0.2, left, 0.8)
+    assert pacer.allowed == pytest.approx(20 / 60)
+    told(pacer, 1.2, 19, 0.8)
+    assert pacer.allowed == 20.0
+
+
+def test_a_minute_that_ends_and_a_bucket_that_is_nearly_full_are_no_limit_by_the_second() -> None:
+    window = Pacer(Caps(), 0.0)
+    for left in range(19, -1, -1):
+        told(window, 0.2, left, 0.8)
+    told(window, 1.2, 19, 59.8)
+    assert window.allowed == pytest.approx(20 / 60)
+    bucket = Pacer(Caps(), 0.0)
+    for number in range(20):
+        told(bucket, 3.0 * number, 19.7, 0.9)
+    assert bucket.allowed == pytest.approx(20 / 60)
+
+
 def test_a_limit_by_the_day_is_not_taken_for_one_by_the_minute() -> None:
     pacer = Pacer(Caps(), 0.0)
     pacer.sent(0.0, 10)
