@@ -404,7 +404,7 @@ def test_a_key_that_may_no_more_half_way_fails_no_row_and_ends_the_run_soon(
     with pytest.raises(EndpointError, match=r"HTTP 403: .*this key may not do this here"):
         alone(ran.run())
     assert set(ran.statuses) == {"ok"}
-    assert server.stats().received - len(ran.outcomes) < 500
+    assert server.stats().received - len(ran.outcomes) < 1500  # about twice what was in flight; they cost nothing
 
 
 def test_a_base_url_without_v1_is_shown_as_built_and_hinted_at(server: SimulatedServer) -> None:
