@@ -108,11 +108,12 @@ def test_a_run_of_a_moment_has_a_course(server: SimulatedServer) -> None:
         assert answered.tolist() == [0] * (len(timeline) - 1) + [pytest.approx(1)]
 
 
-def test_a_known_limit_is_marked_and_an_unknown_one_is_not(server: SimulatedServer) -> None:
-    run(server, ["a"])
-    assert "limit" not in llmframe.last_run().plot()[0].get_ylabel()
-    server.change(requests_per_min=600, rate_headers="openai")
-    run(server, [f"row {i}" for i in range(300)])
+def test_a_known_limit_is_marked_and_an_unknown_one_is_not() -> None:
+    with SimulatedServer() as server:  # of which no test before has learned a limit
+        run(server, ["a"])
+        assert "limit" not in llmframe.last_run().plot()[0].get_ylabel()
+        server.change(requests_per_min=600, rate_headers="openai")
+        run(server, [f"row {i}" for i in range(300)])
     course, _ = llmframe.last_run().plot()
     assert course.get_ylabel() == "answers/s (dashed: the limit)"
     assert np.nanmax(course.lines[1].get_ydata()) == pytest.approx(10, rel=0.01)
