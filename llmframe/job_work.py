@@ -267,7 +267,7 @@ class Work:
             whole = True
         finally:
             try:
-                await _ended({part.task for part in under_way if part.task is not None})
+                await loops.ended({part.task for part in under_way if part.task is not None})
             finally:  # interrupted twice too
                 self.total.ended = time.monotonic()
                 if self._sink is not None:
@@ -398,21 +398,6 @@ class Work:
             with _writing(self._sink.where):
                 self._sink.finish()
             self._sink = None
-
-
-async def _ended(tasks: set[asyncio.Task[None]]) -> None:
-    """End these, and wait for it; who is cancelled meanwhile does so again, and nothing in flight is waited for."""
-    if not tasks:
-        return
-    for task in tasks:
-        task.cancel()
-    try:
-        await asyncio.wait(tasks)
-    except asyncio.CancelledError:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-        raise
 
 
 @contextmanager

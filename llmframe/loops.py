@@ -247,6 +247,21 @@ async def to_its_end(work: Callable[[], T]) -> T:
         raise
 
 
+async def ended(tasks: set[asyncio.Task[None]]) -> None:
+    """Cancel these, and wait for it; who is interrupted twice cancels them twice: they wait for nothing in flight."""
+    if not tasks:
+        return
+    for task in tasks:
+        task.cancel()
+    try:
+        await asyncio.wait(tasks)
+    except asyncio.CancelledError:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        raise
+
+
 class _Flight:
     """A coroutine under way on the background loop.
 

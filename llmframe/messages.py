@@ -89,7 +89,7 @@ def plain_json(value: Any, name: str, refused: type[LLMFrameError]) -> Any:
     if isinstance(value, Mapping):
         return {well_formed(str(key)): plain_json(item, f"{name}[{key!r}]", refused) for key, item in value.items()}
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
-        item = float(str(value)) if value.dtype in NARROW else value.item()
+        item = plain_scalar(value)
         if not isinstance(item, np.generic):  # a long double gives itself
             return plain_json(item, name, refused)
     if isinstance(value, list | tuple | np.ndarray):
@@ -98,6 +98,18 @@ def plain_json(value: Any, name: str, refused: type[LLMFrameError]) -> Any:
         f"{name}={value!r:.60} is of type {type(value).__name__}, which JSON does not have; "
         "the API takes numbers, text, booleans, lists and dicts"
     )
+
+
+def plain_scalar(value: Any) -> Any:
+    """Give what numpy holds as one value as plain Python; a narrow float as it is written.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> plain_scalar(np.float32(0.1)), plain_scalar(np.int64(1))
+    (0.1, 1)
+    """
+    return float(str(value)) if value.dtype in NARROW else value.item()
 
 
 def kind(value: Any) -> str:

@@ -19,7 +19,7 @@ import pandas as pd
 from llmframe.errors import ConfigurationError, TemplateError
 from llmframe.images import Attachment, CannotRead, attach, attachments_of
 from llmframe.jinja import unknown_name
-from llmframe.messages import NARROW, Messages, check_messages, kind, user, well_formed
+from llmframe.messages import NARROW, Messages, check_messages, kind, plain_scalar, user, well_formed
 from llmframe.results import PANDAS_3
 from llmframe.templates import Template, read_template, written
 
@@ -424,7 +424,7 @@ def _plain(value: Any) -> Any:
         return pd.Timestamp(value)
     if isinstance(value, np.timedelta64):
         return pd.Timedelta(value)
-    return float(str(value)) if value.dtype in NARROW else value.item()
+    return plain_scalar(value)
 
 
 def _from_column(column: Hashable) -> _Maker:

@@ -478,12 +478,7 @@ async def _ask_on(line: Line, prepared: Prepared, asked: npt.NDArray[np.intp]) -
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     except asyncio.CancelledError:
-        at_work.cancel()
-        try:
-            await asyncio.wait({at_work})
-        except asyncio.CancelledError:  # interrupted twice: the crew does not wait for what is in flight
-            at_work.cancel()
-            await asyncio.wait({at_work})
+        await loops.ended({at_work})
         raise
     finally:
         for task in tasks:
