@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import takewhile
 from typing import Any, Protocol
 
 from llmframe import failures
@@ -28,7 +29,7 @@ from llmframe.pacing import Caps
 from llmframe.replies import read_json, read_usage
 from llmframe.requests import Form, text_bytes
 from llmframe.results import Completion, Usage, after
-from llmframe.timeouts import Timeout
+from llmframe.timeouts import DOUBT_S, Timeout
 from llmframe.transports import Lost, ReplicaDown, Reply, Wrote
 
 FIRST_PATIENCE_S = 12.0  # nobody is there: most likely the address is wrong, and the user sits waiting
@@ -44,11 +45,11 @@ MAYBE_BILLED = frozenset({408, 502, 504, 520, 524})
 521 to 523 say that it was not reached, and a 500 or 503 is its own: nobody bills for those.
 """
 REFUSALS_A_STRIKE = 3  # of one row, while others are answered: bad luck with a limit, until it has lasted too long
-SILENCE_S = 30.0  # an endpoint that stops for so long (a failover, a collection) still answers what it has taken
-SILENT = 8  # requests in flight, and half the window: where none is answered, it is not they that met a fault
 PERHAPS_THE_ROWS = frozenset({403, 404})
 """Statuses that end a run as a rule, and that some give to a row: a firewall to its words, a router to its images."""
 DENIED = 3  # rows so refused, with no answer to what was sent after the first, are no chance
+DOUBTED_SHARE = 1 / 16  # of what may be in flight: overdue attempts that stay open beside a new one of the same row
+DOUBTED_LEAST = 4  # requests that may be in flight; of fewer, one that is lost and stays open would take too many
 STRIKES_TOGETHER = 3  # failures of a request of several rows before it is sent in parts: it may be one of them
 BYTES_A_TOKEN = 4  # of English; the pacer learns how far that is off
 EXPECTED_TOKENS = 64  # reserved for an answer, until the pacer has learned what requests really take
@@ -138,14 +139,10 @@ class Job:
         The request, and about what it takes of a token limit.
     attempts, strikes, timeouts, refusals : int
         Requests sent; failures that count against the most a row may have; attempts that timed out; that met a limit.
-    started : float
-        When the last attempt was let in.
-    beside : int
-        Others of the run in flight then.
+    going : int
+        Attempts that are in flight or wait for their turn: two, where one is overdue and it is asked again beside it.
     answered_before : int
         How many answers the run had when the row was last refused, or taken up.
-    deadline : asyncio.Timeout or None
-        Ends the attempt when it has taken too long.
     failed : int
         Attempts that gave no answer, and were tried again.
     form : str
@@ -154,10 +151,10 @@ class Job:
         Answers that did not fit and were asked again.
     unfit : Completion or None
         The last of them, with what all of them cost.
-    most : Cost or None
-        What the budget has set aside for the attempt.
     url : str
         Who replied last, where the endpoint has several URLs.
+    over : bool
+        It has its outcome, or others were made of it.
     """
 
     number: int
@@ -167,16 +164,56 @@ class Job:
     strikes: int = 0
     timeouts: int = 0
     refusals: int = 0
-    started: float = 0.0
-    beside: int = 0
+    going: int = 1
     answered_before: int = 0
-    deadline: asyncio.Timeout | None = None
     failed: int = 0
     form: Form = "json_schema"
     repairs: int = 0
     unfit: Completion | None = None
-    most: Cost | None = None
     url: str = ""
+    over: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """A request in flight.
+
+    Attributes
+    ----------
+    job, body : Job, bytes
+        Whose, and what was sent: since then another body may have been made for it.
+    started, beside : float, int
+        When it was let in, and others of the run in flight then.
+    most : Cost or None
+        What the budget has set aside for it.
+    deadline : asyncio.Timeout or None
+        Ends it when it has taken too long.
+    doubted : bool
+        It is overdue, and counted as failed; its row was asked again, and what it may yet say is heard.
+    """
+
+    job: Job
+    body: bytes
+    started: float
+    beside: int
+    most: Cost | None
+    deadline: asyncio.Timeout | None = None
+    doubted: bool = False
+
+    @property
+    def moot(self) -> bool:
+        """Whether its row waits for it no more."""
+        return self.job.over or self.body is not self.job.body
+
+    @property
+    def given_up(self) -> bool:
+        """Whether its end is near."""
+        return self.deadline is not None and self.deadline.when() is not None
+
+    def give_up(self, now: float) -> None:
+        """End it."""
+        if self.deadline is not None:
+            self.deadline.reschedule(now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +222,7 @@ class _Denied:
 
     job: Job
     failure: Failure
+    sent: float
     at: float
     answered_before: int
 
@@ -238,9 +276,10 @@ class Crew:
         self._budget = budget
         self._timeout = Timeout(policy.timeout_s)
         self._workers: set[asyncio.Task[None]] = set()
-        self._flying: dict[Job, asyncio.Task[None]] = {}  # the oldest first
+        self._flying: dict[Attempt, asyncio.Task[None]] = {}  # the oldest first
         self._due: deque[Job] = deque()  # retries whose wait is over
         self._later: dict[Job, asyncio.TimerHandle] = {}  # retries that wait
+        self._on_trial: set[Job] = set()  # sent anew for being overdue, and nothing heard since
         self._exhausted = False
         self._open = 0  # requests begun and not yet delivered
         self._failing = 0  # those of them that are tried again
@@ -281,7 +320,7 @@ class Crew:
         """Wait a moment for what is in flight, and let go of the rest."""
         for timer in self._later.values():
             timer.cancel()
-        flying = set(self._flying.values())
+        flying = {task for attempt, task in self._flying.items() if not attempt.moot}
         for worker in self._workers - flying:
             worker.cancel()
         try:
@@ -307,18 +346,20 @@ class Crew:
         try:
             while (job := self._take()) is not None:
                 self._hire()
-                if not await self._afford(job):
+                most = None
+                if self._budget is not None and (most := await self._afford(self._budget, job)) is None:
                     continue  # it was divided, or the run is over
-                job.started = await self._line.enter(job.tokens)
-                await self._attempt(job)
+                await self._attempt(job, await self._line.enter(job.tokens), most)
         except Exception as error:
             self._stop(error)
 
     def _take(self) -> Job | None:
         if self._finished.done():
             return None
-        if self._due:
-            return self._due.popleft()
+        while self._due:
+            job = self._due.popleft()
+            if not job.over:
+                return job
         if self._exhausted:
             return None
         try:
@@ -334,72 +375,78 @@ class Crew:
 
     # -- the budget
 
-    async def _afford(self, job: Job) -> bool:
-        """Set aside the most that an attempt can cost; False where it does not fit, and is divided, or the run ends."""
-        if self._budget is None:
-            return True
-        most = self._budget.bound(job.body)
-        while not self._budget.fits(most):
-            if self._budget.idle and self._divide(job, None):
-                return False
-            if self._budget.idle:
-                self._stop(BudgetExceeded(self._budget.refusal(most)))
-                return False
+    async def _afford(self, budget: Budget, job: Job) -> Cost | None:
+        """Set aside the most that an attempt can cost; None where it does not fit, and is divided, or the run ends."""
+        most = budget.bound(job.body)
+        while not budget.fits(most):
+            if budget.idle and self._divide(job, None):
+                return None
+            if budget.idle:
+                self._stop(BudgetExceeded(budget.refusal(most)))
+                return None
             change: asyncio.Future[None] = self._loop.create_future()
-            self._budget.when_settled(partial(_wake, change))
+            budget.when_settled(partial(_wake, change))
             await change  # what is in flight costs less than its worst case, as a rule
-        self._budget.set_aside(most)
-        job.most = most
-        return True
+        budget.set_aside(most)
+        return most
 
-    def _charge(self, job: Job, reply: Reply | None, payload: Any, outcome: Completion | Failure | None) -> None:
+    def _charge(
+        self, most: Cost | None, reply: Reply | None, payload: Any, outcome: Completion | Failure | None
+    ) -> None:
         """Count what an attempt cost; its worst case where it may have been billed and nobody says how much."""
-        if self._budget is None or job.most is None:
-            return
-        most, job.most = job.most, None
-        self._budget.settle(most, _paid(self._budget, most, reply, payload, outcome))
+        if self._budget is not None and most is not None:
+            self._budget.settle(most, _paid(self._budget, most, reply, payload, outcome))
 
     # -- one attempt
 
-    async def _attempt(self, job: Job) -> None:
+    async def _attempt(self, job: Job, started: float, most: Cost | None) -> None:
         """Send a request once, and deliver its outcome or put it by for a retry."""
         task = asyncio.current_task()
         assert task is not None
+        if job.over:  # while it waited for its turn, an attempt before it was answered after all
+            self._line.wrote()
+            self._line.release()
+            if self._budget is not None and most is not None:
+                self._budget.settle(most, Cost())
+            return
         job.attempts += 1
         self._tally.sent += 1
-        job.beside = len(self._flying)
-        self._flying[job] = task
+        attempt = Attempt(job, job.body, started, len(self._flying), most)
+        self._flying[attempt] = task
         wrote = _Once(self._line.wrote) if self._line.pacer.capped else None
         try:
-            reply, payload, outcome = await self._ask(job, wrote)
+            reply, payload, outcome = await self._ask(attempt, wrote)
         except BaseException:  # cancelled, or a fault of ours: the line is shared, and has to know
             if wrote is not None:
                 wrote()
             self._line.release()
             self._tally.maybe_billed += 1
-            self._charge(job, None, None, None)
+            self._charge(most, None, None, None)
             raise
         finally:
-            del self._flying[job]
+            del self._flying[attempt]
         if wrote is not None:
             wrote()  # it may have failed before
-        self._charge(job, reply, payload, outcome)
+        self._charge(most, reply, payload, outcome)
         now = self._loop.time()
         if reply is not None:
             self._heard_at, self._unreached_since = now, None
-        if isinstance(outcome, Failure):
-            await self._failed(job, reply, outcome, now)
+        job.going -= 1
+        if attempt.moot or (attempt.doubted and isinstance(outcome, Failure) and outcome.verdict == "retry"):
+            self._heard_late(attempt, reply, outcome, now)
+        elif isinstance(outcome, Failure):
+            await self._failed(attempt, reply, outcome, now)
         else:
-            self._answered(job, reply, payload, outcome, now)
+            self._answered(attempt, reply, payload, outcome, now)
 
-    async def _ask(self, job: Job, wrote: Wrote | None) -> tuple[Reply | None, Any, Completion | Failure]:
+    async def _ask(self, attempt: Attempt, wrote: Wrote | None) -> tuple[Reply | None, Any, Completion | Failure]:
         """Send a request, and judge what comes back: the reply, its JSON, and what it means."""
+        job = attempt.job
         try:
-            async with asyncio.timeout(None) as job.deadline:
-                reply = await self._line.transport.send(job.body, wrote)
+            async with asyncio.timeout(None) as attempt.deadline:
+                reply = await self._line.transport.send(attempt.body, wrote)
         except TimeoutError:
-            job.timeouts += 1
-            waited_s = self._loop.time() - job.started
+            waited_s = self._loop.time() - attempt.started
             return None, None, Failure("retry", "timeout", f"no answer within {waited_s:.1f} s")
         except ReplicaDown as error:
             kind: Kind = "replica lost" if error.taken else "replica away"
@@ -409,7 +456,7 @@ class Crew:
             return None, None, replace(failures.of_error(error), kind="server error")
         except Unreachable as error:
             return None, None, failures.of_error(error)
-        latency_s = self._loop.time() - job.started
+        latency_s = self._loop.time() - attempt.started
         job.url = reply.url
         payload = read_json(reply.body)
         failure = failures.of_reply(reply.status, reply.headers, reply.body, payload, reply.redact)
@@ -423,14 +470,27 @@ class Crew:
             return reply, payload, failures.of_no_answer(reply.status, reply.body, reply.redact)
         return reply, payload, completion
 
-    def _answered(self, job: Job, reply: Reply | None, payload: Any, completion: Completion, now: float) -> None:
-        used = None
+    def _heard_late(self, attempt: Attempt, reply: Reply | None, outcome: Completion | Failure, now: float) -> None:
+        """Learn from an attempt that its row does not wait for any more: when it came, and that it may be billed."""
+        latency_s = now - attempt.started
+        if isinstance(outcome, Completion):
+            self._timeout.answered(latency_s)
+            self._tally.maybe_billed += 1
+        else:
+            self._tally.maybe_billed += _may_be_billed(reply, outcome)
+        self._line.pacer.released(now, latency_s=latency_s, alive=reply is not None)
+        self._line.admit()
+
+    def _answered(
+        self, attempt: Attempt, reply: Reply | None, payload: Any, completion: Completion, now: float
+    ) -> None:
+        job, used = attempt.job, None
         if completion.prompt_tokens is not None:
             used = completion.prompt_tokens + (completion.completion_tokens or 0)
         self._line.answered = True
         self._refused_since = None
-        self._crowding.answered(job.started, job.beside)
-        latency_s = now - job.started
+        self._crowding.answered(attempt.started, attempt.beside)
+        latency_s = now - attempt.started
         self._line.pacer.answered(
             now,
             latency_s=latency_s,
@@ -439,11 +499,12 @@ class Crew:
             headers=rate_headers(reply.headers, time.time()) if reply else None,
         )
         self._line.admit()
-        self._timeout.answered(latency_s)
+        self._timeout.answered(latency_s, 0 if attempt.doubted else job.timeouts)
+        self._on_trial.discard(job)
         self._tally.answered += 1
         self._refusals = None
         if self._denied:
-            self._clear(job.started)
+            self._clear(attempt.started)
         if job.unfit is not None:
             completion = after(job.unfit, completion)
         if self._ask_again is not None:
@@ -460,15 +521,21 @@ class Crew:
         assert self._ask_again is not None
         job.body, job.form = body, self._ask_again.form
         job.tokens = _tokens_of(body)
+        job.going += 1
         self._due.append(job)
         self._hire()
 
-    async def _failed(self, job: Job, reply: Reply | None, failure: Failure, now: float) -> None:
+    async def _failed(self, attempt: Attempt, reply: Reply | None, failure: Failure, now: float) -> None:
+        job = attempt.job
         self._tally.failures[failure.kind] += 1
         self._tally.maybe_billed += _may_be_billed(reply, failure)
         self._trouble = failure.message
-        self._crowding.failed(now, job.beside)
-        asked_s = self._tell_pacer(job, reply, failure, now)
+        self._crowding.failed(now, attempt.beside)
+        if failure.kind == "timeout":
+            job.timeouts += 1
+        else:
+            self._on_trial.discard(job)
+        asked_s = self._tell_pacer(attempt, reply, failure, now)
         self._there |= (failure.http or 0) >= 400 and failure.http not in NOT_THERE
         self._asked_s = max(self._asked_s, asked_s or 0.0)
         if self._ask_again is not None:
@@ -477,10 +544,11 @@ class Crew:
                 self._line.admit()
                 self._send_again(job, body)
                 return
-        wait_s = self._settle(job, failure, asked_s, now)
+        wait_s = self._settle(attempt, failure, asked_s, now)
         self._line.admit()  # after it is settled whether the run goes on
         if wait_s is None or self._finished.done():
             return
+        job.going += 1
         job.failed += 1
         self._failing += job.failed == 1
         if self._policy.caps.max_concurrency == 1:  # row order is the promise: its place is kept while it waits
@@ -489,9 +557,9 @@ class Crew:
         else:
             self._later[job] = self._loop.call_later(wait_s, self._retry, job)
 
-    def _tell_pacer(self, job: Job, reply: Reply | None, failure: Failure, now: float) -> float | None:
+    def _tell_pacer(self, attempt: Attempt, reply: Reply | None, failure: Failure, now: float) -> float | None:
         """Report a failed attempt; give the seconds that the endpoint asks to wait."""
-        pacer, latency_s = self._line.pacer, now - job.started
+        pacer, latency_s = self._line.pacer, now - attempt.started
         if failure.verdict != "retry" or failure.kind in failures.REPLICA:
             pacer.released(now, latency_s=latency_s, alive=reply is not None)
             return None
@@ -502,7 +570,7 @@ class Crew:
             return asked_s
         if failure.kind == "rate limit" or full:
             headers = rate_headers(reply.headers, time.time()) if reply else None
-            pacer.refused(now, latency_s=latency_s, reserved=job.tokens, retry_after_s=asked_s, headers=headers)
+            pacer.refused(now, latency_s=latency_s, reserved=attempt.job.tokens, retry_after_s=asked_s, headers=headers)
         else:
             pacer.failed(now, latency_s=latency_s, kind=failure.kind)
         return asked_s
@@ -515,11 +583,12 @@ class Crew:
             return None  # a page of maintenance: where it is every server's, an outage is found in a moment
         return asked_s
 
-    def _settle(self, job: Job, failure: Failure, asked_s: float | None, now: float) -> float | None:
+    def _settle(self, attempt: Attempt, failure: Failure, asked_s: float | None, now: float) -> float | None:
         """Stop the run, give up the row, or give the seconds to wait for its next attempt."""
+        job = attempt.job
         if failure.verdict == "run":
             if self._line.answered and failure.http in PERHAPS_THE_ROWS:
-                self._deny(_Denied(job, failure, now, self._tally.answered))
+                self._deny(_Denied(job, failure, attempt.started, now, self._tally.answered))
             else:
                 self._stop_at(job, failure.message)
             return None
@@ -528,7 +597,7 @@ class Crew:
         elif failure.kind == "rate limit" and self._refused_too_long(job, failure, now):
             return None
         if failure.kind == "connection" and self._unreached_since is None:
-            self._unreached_since = job.started
+            self._unreached_since = attempt.started
         job.strikes += self._is_strike(job, failure)
         last = failure.verdict == "row" or job.strikes >= self._policy.max_attempts
         suspect = job.strikes >= STRIKES_TOGETHER and failure.kind != "rate limit"
@@ -551,6 +620,8 @@ class Crew:
             return asked_s
         if failure.kind in failures.REPLICA:
             return 0.0
+        if failure.kind == "timeout" and self._policy.timeout_s is None:
+            return 0.0  # it has waited long enough, and others wait for what comes of it
         if self._line.pacer.down_since is not None:
             return 0.0  # its probes are spaced already
         return failures.backoff_s(max(1, job.strikes), random.random())
@@ -562,7 +633,7 @@ class Crew:
         self._failing += job.failed == 1
         self._denied.append(denied)
         first = self._denied[0]
-        others = sum(other.started >= first.job.started for other in self._flying)
+        others = sum(other.started >= first.sent for other in self._flying)
         others += self._tally.answered - first.answered_before
         if len(self._denied) >= max(DENIED, others):  # half of what was sent since, though answers take longer
             self._stop_at(first.job, first.failure.message)
@@ -626,6 +697,7 @@ class Crew:
             return False
         self._open += len(parts) - 1
         self._failing -= job.failed > 0
+        self._let_go(job)
         for number, body in reversed(parts):
             tokens = _tokens_of(body)
             made = Job(number, body, tokens, answered_before=self._tally.answered, form=self._ask_again.form)
@@ -650,6 +722,7 @@ class Crew:
     def _done(self, job: Job, completion: Completion) -> None:
         self._open -= 1
         self._failing -= job.failed > 0
+        self._let_go(job)
         self._tally.unkept.pop(job.number, None)
         try:
             self._deliver(job.number, completion)
@@ -684,16 +757,56 @@ class Crew:
         self._hire()
 
     def _end_overdue(self, now: float) -> None:
+        """Ask rows again whose attempt is overdue."""
         least_s = self._timeout.seconds(0)
-        many = len(self._flying) >= max(SILENT, self._line.pacer.window / 2)
-        if many and self._policy.timeout_s is None and now - self._heard_at > least_s / 2:
-            least_s = max(least_s, SILENCE_S)  # what is in flight is not lost one by one: it may be paid for, all of it
-        for job in self._flying:
-            waited_s = now - job.started
-            if waited_s <= least_s:  # and whatever was sent after it has waited for less
-                return
-            if waited_s > self._timeout.seconds(job.timeouts) and job.deadline and not job.deadline.expired():
-                job.deadline.reschedule(now)
+        # Whatever was sent after one that has not waited for so long has waited for less.
+        late = list(takewhile(lambda each: now - each.started > least_s, self._flying))
+        for attempt in late:
+            if attempt.doubted and now - attempt.started > least_s + DOUBT_S:
+                attempt.give_up(now)
+        late = [each for each in late if not (each.doubted or each.given_up) and self._is_overdue(each, now)]
+        trials = len(self._on_trial - {attempt.job for attempt in late})
+        silent = now - self._heard_at > least_s / 2
+        for attempt in late:
+            job, waited_s = attempt.job, now - attempt.started
+            if self._timeout.gives_up(waited_s, failures=job.timeouts, trials=trials, silent=silent):
+                trials += 1
+                self._on_trial.add(job)
+                if silent or not self._ask_beside(attempt):
+                    attempt.give_up(now)
+
+    def _is_overdue(self, attempt: Attempt, now: float) -> bool:
+        return now - attempt.started > self._timeout.seconds(attempt.job.timeouts)
+
+    def _ask_beside(self, attempt: Attempt) -> bool:
+        """Ask a row again beside an attempt that is overdue: were it slow and not lost, its answer will show that."""
+        job = attempt.job
+        window = self._line.pacer.window
+        room = window >= DOUBTED_LEAST and sum(each.doubted for each in self._flying) < DOUBTED_SHARE * window
+        if not room or self._policy.timeout_s is not None or job.strikes + 1 >= self._policy.max_attempts:
+            return False
+        attempt.doubted = True
+        self._tally.failures["timeout"] += 1
+        job.timeouts += 1
+        job.strikes += 1
+        job.failed += 1
+        self._failing += job.failed == 1
+        job.going += 1
+        self._due.append(job)
+        self._hire()
+        return True
+
+    def _let_go(self, job: Job) -> None:
+        """End what is still under way for a row that has its outcome; what is doubted may go on, for what it shows."""
+        job.over = True
+        self._on_trial.discard(job)
+        if not job.going:
+            return
+        if (timer := self._later.pop(job, None)) is not None:
+            timer.cancel()
+        for attempt in self._flying:
+            if attempt.job is job and not attempt.doubted:
+                attempt.give_up(self._loop.time())
 
     def _check_patience(self, now: float) -> None:
         """Stop when the endpoint has been out of reach, or down, for too long."""
