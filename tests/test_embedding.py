@@ -255,7 +255,7 @@ def test_a_text_that_brings_the_server_down_in_every_request_is_no_outage(
     server: SimulatedServer, embed: Embed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llmframe.outages.PROBE_S", 0.01)
-    monkeypatch.setattr("llmframe.engine.PATIENCE_S", 5.0)
+    monkeypatch.setattr("llmframe.patience.PATIENCE_S", 5.0)
     frame = rows(32)
     frame.loc[3::8, "text"] = [f"[[status=500]] {number}" for number in range(4)]
     out = embed(frame, max_attempts=3)
