@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import llmframe
 from llmframe import accessor
 from llmframe.errors import ConfigurationError
-from llmframe.options import KEYWORDS, Options, _one_typo, call_options, configure, gather
+from llmframe.options import FRAME_ONLY, KEYWORDS, Options, _one_typo, call_options, configure, gather
 from llmframe.requests import OURS
 
 DEFAULTS = {
@@ -85,6 +85,11 @@ def test_the_docstring_tells_of_every_keyword_and_of_none_besides() -> None:
     headings = re.findall(r"^(\S.*?)(?: : .*)?$", section, re.MULTILINE)
     named = [name for heading in headings for name in heading.split(", ")]
     assert sorted(named) == sorted(["prompt", *KEYWORDS, "**params"])
+
+
+def test_the_docstring_of_a_list_names_the_keywords_that_it_refuses() -> None:
+    documented = inspect.getdoc(llmframe.complete) or ""
+    assert [name for name in re.findall(r"``(\w+)``", documented) if name in KEYWORDS] == [*FRAME_ONLY]
 
 
 def test_options_have_a_field_for_every_keyword() -> None:
