@@ -95,8 +95,8 @@ class LLMFrame:
         max_cost, max_tokens_total : optional
             The most this call may spend, in USD or in tokens. Never passed: the worst case of what is in flight is
             set aside before it is sent. What is not reached is ``pending``. ``max_cost`` needs a known price (by the
-            extra ``cost``, or ``prices=``). Both need ``max_tokens=`` where it is not known how long an answer can get,
-            as it is of most of OpenAI's models.
+            extra ``cost``, or ``prices=``). Both need ``max_tokens=`` for a model whose longest answer is not known;
+            that of most OpenAI models is.
         prices : dict, optional
             USD per million tokens, ``{"input": 0.15, "cached": 0.075, "output": 0.60}`` (``"cached"`` may be left out),
             where the extra ``cost`` is not installed or does not know the model.
