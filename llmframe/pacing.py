@@ -102,11 +102,14 @@ class Pacer:
         Never passed.
     now : float
         The time, in seconds, on the clock that every later call uses.
+    connections : int
+        Requests that can be sent at one time, whatever the caps: each takes a connection of its own.
     """
 
-    def __init__(self, caps: Caps, now: float) -> None:
+    def __init__(self, caps: Caps, now: float, *, connections: int = CEILING) -> None:
         self._began = now
         self._capped = caps.max_concurrency or math.inf
+        self._connections = min(connections, CEILING)
         self._share = caps.share or Share()
         self._ticketed = caps.ticketed
         self._request_caps = request_caps(caps.rpm)
@@ -114,7 +117,7 @@ class Pacer:
         self._requests = Allowance(now)
         self._tokens = Allowance(now)
         self._refusals = Refusals(now)
-        self._window = Window(min(caps.max_concurrency or CEILING, CEILING), now)
+        self._window = Window(int(min(self._capped, self._connections)), now)
         self._outage = Outage()
         self._history = History()
         self._in_flight = 0
@@ -159,8 +162,11 @@ class Pacer:
     def limited_by(self) -> str:
         """What keeps more from being sent.
 
-        ``requests/min``, ``tokens/min``, ``retry-after``, ``max_concurrency``, ``server``, ``this machine``,
-        ``outage``, or empty where nothing does.
+        ``requests/min``, ``tokens/min`` and ``retry-after`` are rates. Of what is in flight there are as many as
+        ``max_concurrency`` allows, the user's own or the share of it that this process has; as the process may open
+        ``connections`` (its limit on open files, or the pool of the user's client); as make the ``server`` faster; or
+        as the CPU of ``this machine`` can keep up with. ``outage`` is an endpoint that is down; empty where nothing
+        does.
         """
         return self._limit or self._last_limit
 
@@ -222,8 +228,7 @@ class Pacer:
         in_flight = self._in_flight
         if in_flight >= min(int(self._window.size), self._share.seats) or (in_flight and self._outage.suspected):
             self._wanted = True
-            capped = in_flight >= min(self._capped, self._share.seats)
-            self._limit = "max_concurrency" if capped else "this machine" if self._busy else "server"
+            self._limit = self._most_in_flight_by()
             return math.inf
         wait_s, limit = 0.0, ""
         if self._starting and in_flight >= START_AT_ONCE and self._first_sent is not None:
@@ -246,6 +251,14 @@ class Pacer:
         if limit:
             self._wanted, self._limit = False, limit
         return max(0.0, wait_s)
+
+    def _most_in_flight_by(self) -> str:
+        """Say who keeps more from being in flight: a cap of the user's comes before what would bind anyway."""
+        if self._in_flight >= min(self._capped, self._share.seats):
+            return "max_concurrency"
+        if self._in_flight >= self._connections:
+            return "connections"
+        return "this machine" if self._busy else "server"
 
     def sent(self, now: float, tokens: int, *, written: bool = True) -> None:
         """Count a request that is being sent; where it is not `written` yet, `wrote` has to be called once it is."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from llmframe.limits import RateHeaders
 from llmframe.pacing import Caps, Moment, Pacer
-from llmframe.rates import Cap
+from llmframe.rates import Cap, Share
 from tests.simulation import Outcome, Server, Simulation, simulate
 
 SEEDS = range(6)
@@ -392,6 +392,16 @@ def test_what_limits_is_named() -> None:
     assert pacer.limited_by == "max_concurrency"
     pacer.tick(2.2, lag_s=0.0)
     assert pacer.limited_by == ""  # nobody has asked since
+
+
+def test_a_share_of_max_concurrency_is_named_as_such_and_not_as_connections() -> None:
+    share = Share()
+    share.seats = 2.0
+    pacer = Pacer(Caps(max_concurrency=8, share=share), 0.0, connections=2)
+    pacer.sent(0.0, 10)
+    pacer.sent(0.0, 10)
+    assert pacer.wait_s(0.0, 10) == math.inf
+    assert pacer.limited_by == "max_concurrency"
 
 
 def test_what_is_left_takes_at_least_what_the_known_limits_allow() -> None:
