@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+MOST_DOUBLINGS = 20.0  # of a speed or a wait: a million times is as good as endless, and more powers would be no float
+
 # How a rate is measured: by what was accepted from one refusal to a later one, and the time between them.
 EVIDENCE = 5  # accepted requests that are enough to measure a rate
 RICH_EVIDENCE = 30  # accepted requests that are enough to measure the rate without any before them
@@ -39,7 +41,6 @@ GUESS = 0.5  # share of the speed at the first refusal that the rate is guessed 
 LOWEST_GUESS = 1.0  # requests a second, at least
 RAMP_S, RAMP = 0.15, 5  # seconds in which the speed doubles, and the doublings that lead up to the guessed rate
 DOUBLE_S = 3.0  # seconds in which it doubles after that, until a refusal shows the rate
-MOST_DOUBLINGS = 20.0  # a million times the rate is no limit any more, and the power of a long time would be no float
 
 # How long to stay away where no Retry-After says it.
 HOLD_S = 0.025  # half of the first wait; each is twice the last, if nothing was let in since then
@@ -152,7 +153,7 @@ class Refusals:
         if hold_s is None:
             if news:
                 self._streak = 1 if let_in else self._streak + 1
-            hold_s = min(LONGEST_HOLD_S, HOLD_S * 2.0**self._streak) if news else 0.0
+            hold_s = min(LONGEST_HOLD_S, HOLD_S * 2.0 ** min(MOST_DOUBLINGS, self._streak)) if news else 0.0
         self.hold_until = max(self.hold_until, now + hold_s)
         self._since = self._at = max(self._since, self.hold_until)
         return max(0.0, self.hold_until - now)
