@@ -25,13 +25,15 @@ SOON_S = 0.5  # seconds after a decision: a refusal of what was sent in them is 
 # How fast to send once it is measured.
 BACK_OFF = 0.95  # share of the rate at which sending goes on
 RECOVER_S = 5.0  # seconds until the rate is reached again; then it is passed, slowly at first
-# A rate measured in a shorter time is poor evidence, and soon tried again: after RECOVER_INTERVALS times that time, but
-# at least SHORTEST_RECOVER_S.
+# A rate measured in a short time is poor evidence, and soon tried again: after RECOVER_INTERVALS times that time where
+# this is less than RECOVER_S, but at least SHORTEST_RECOVER_S.
 RECOVER_INTERVALS, SHORTEST_RECOVER_S = 2.0, 0.5
-PROBING = 0.1  # share of the rate by which it is passed after twice that time; this grows with the third power
-DISPROVED = 2.25  # times that time: a bucket has used up what it had kept by then, so the rate is another one
+PROBING = (
+    0.1  # share of the rate by which it is passed after twice the time until then; this grows with the third power
+)
+DISPROVED = 2.25  # times the time until then: a bucket has used up what it had kept by then, so the rate is another one
 FASTER_S = 1.0  # seconds in which the speed doubles from then on
-CATCH_UP = 1.5  # times the rate, at which is sent what was held back
+CATCH_UP = 1.5  # times the rate at which what was held back is sent
 KEPT = 0.8  # share of what refills in a wait that is trusted to be in the bucket after it
 BURST_S = 0.02  # seconds' worth of requests that may go at once: a timer may be late by so much
 ROUNDING = 1e-9  # of a request; sums of floats are rounded
