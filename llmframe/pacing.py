@@ -166,11 +166,14 @@ class Pacer:
     def limited_by(self) -> str:
         """What keeps more from being sent.
 
-        ``requests/min``, ``tokens/min`` and ``retry-after`` are rates. Of what is in flight there are as many as
-        ``max_concurrency`` allows, the user's own or the share of it that this process has; as the process may open
-        ``connections`` (its limit on open files, or the pool of the user's client); as make the ``server`` faster; or
-        as the CPU of ``this machine`` can keep up with. ``outage`` is an endpoint that is down; empty where nothing
-        does.
+        - ``requests/min``, ``tokens/min``: a rate, of the user's cap or of the endpoint's limit
+        - ``retry-after``: the endpoint asked to stay away
+        - ``max_concurrency``: the user's cap on what is in flight, or this process's share of it
+        - ``connections``: this process may open no more (its open files, or the pool of the user's client)
+        - ``server``: more in flight would wait there, and make nothing faster
+        - ``this machine``: it is out of CPU
+        - ``outage``: the endpoint is down
+        - empty: nothing does
         """
         return self._limit or self._last_limit
 

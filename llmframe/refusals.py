@@ -28,9 +28,7 @@ RECOVER_S = 5.0  # seconds until the rate is reached again; then it is passed, s
 # A rate measured in a short time is poor evidence, and soon tried again: after RECOVER_INTERVALS times that time where
 # this is less than RECOVER_S, but at least SHORTEST_RECOVER_S.
 RECOVER_INTERVALS, SHORTEST_RECOVER_S = 2.0, 0.5
-PROBING = (
-    0.1  # share of the rate by which it is passed after twice the time until then; this grows with the third power
-)
+PROBING = 0.1  # share of the rate by which it is passed after twice the time until then; more with the third power
 DISPROVED = 2.25  # times the time until then: a bucket has used up what it had kept by then, so the rate is another one
 FASTER_S = 1.0  # seconds in which the speed doubles from then on
 CATCH_UP = 1.5  # times the rate at which what was held back is sent
