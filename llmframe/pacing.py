@@ -167,7 +167,7 @@ class Pacer:
         """What keeps more from being sent.
 
         - ``requests/min``, ``tokens/min``: a rate, of the user's cap or of the endpoint's limit
-        - ``retry-after``: the endpoint asked to stay away
+        - ``retry-after``: the endpoint answered 429, and is left alone for as long as it asked, or for some seconds
         - ``max_concurrency``: the user's cap on what is in flight, or this process's share of it
         - ``connections``: this process may open no more (its open files, or the pool of the user's client)
         - ``server``: more in flight would wait there, and make nothing faster
