@@ -253,7 +253,7 @@ class Crew:
                 if self._budget is not None and (most := await self._afford(self._budget, job)) is None:
                     continue
                 try:
-                    started = await self._line.enter(job.tokens)
+                    started = await self._line.enter(job.tokens, trial=job in self._on_trial)
                 except BaseException:  # it is not sent; and the budget may be that of other runs too
                     self._set_free(most)
                     raise
@@ -473,6 +473,8 @@ class Crew:
         if self._policy.caps.max_concurrency == 1:  # row order is the promise: its place is kept while it waits
             await asyncio.sleep(wait_s)
             self._due.append(job)
+        elif not wait_s:
+            self._due.appendleft(job)  # for the worker that was its last attempt's: no other may be free
         else:
             self._later[job] = self._loop.call_later(wait_s, self._retry, job)
 
@@ -676,7 +678,7 @@ class Crew:
             if self._timeout.gives_up(waited_s, failures=job.timeouts, trials=trials, silent=silent):
                 trials += 1
                 self._on_trial.add(job)
-                if silent or not self._ask_beside(attempt):
+                if (silent and self._line.pacer.full) or not self._ask_beside(attempt):
                     attempt.give_up(now)
 
     def _is_overdue(self, attempt: Attempt, now: float) -> bool:

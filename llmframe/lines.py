@@ -9,6 +9,7 @@ import asyncio
 import math
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from llmframe.collecting import collect_young
 from llmframe.endpoint import Endpoint
@@ -18,6 +19,15 @@ from llmframe.transports import Transport
 
 TICK_S = 0.1  # how often the pacer looks at the whole, and timeouts and patience are checked
 KEPT = 8  # idle lines kept open a loop, so that the next cell finds its connections and learned limits
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ticket:
+    """A request that waits to be sent."""
+
+    let_in: asyncio.Future[float]
+    tokens: int
+    trial: bool
 
 
 class Line:
@@ -50,7 +60,7 @@ class Line:
             self.transport.note = lambda words: self.pacer.note(self._loop.time(), words)
         self.answered = False
         self.users = 0
-        self._waiting: deque[tuple[asyncio.Future[float], int]] = deque()
+        self._waiting: deque[_Ticket] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._ticker: asyncio.Task[None] | None = None
         self._on_tick: set[Callable[[float], None]] = set()
@@ -63,7 +73,7 @@ class Line:
     @property
     def waiting(self) -> list[int]:
         """The tokens of each request that waits here, in order."""
-        return [tokens for ticket, tokens in self._waiting if not ticket.done()]
+        return [ticket.tokens for ticket in self._waiting if not ticket.let_in.done()]
 
     def join(self, on_tick: Callable[[float], None]) -> None:
         """Begin a run: `on_tick` is called with the time, every `TICK_S`, until `leave`."""
@@ -83,19 +93,27 @@ class Line:
                 self._ticker = None
             self.admit()  # nobody waits any more: no timer is left behind
 
-    async def enter(self, tokens: int) -> float:
-        """Wait until a request may be sent; from then on, which is what it gives, it counts as in flight."""
+    async def enter(self, tokens: int, *, trial: bool = False) -> float:
+        """Wait until a request may be sent; from then on, which is what it gives, it counts as in flight.
+
+        One on trial goes before all that wait; see `Pacer.wait_s`.
+        """
         now = self._loop.time()
         if not self._waiting and self.pacer.wait_s(now, tokens) <= 0.0:
             self.pacer.sent(now, tokens, written=not self.pacer.capped)
             return now
-        ticket: asyncio.Future[float] = self._loop.create_future()
-        self._waiting.append((ticket, tokens))
+        ticket = _Ticket(self._loop.create_future(), tokens, trial)
+        if trial:
+            self._waiting.appendleft(ticket)
+        else:
+            self._waiting.append(ticket)
         self.admit()
         try:
-            return await ticket
+            return await ticket.let_in
         except asyncio.CancelledError:
-            if ticket.done() and not ticket.cancelled():  # let in and cancelled in the same turn of the loop
+            if (
+                ticket.let_in.done() and not ticket.let_in.cancelled()
+            ):  # let in and cancelled in the same turn of the loop
                 self.wrote()
                 self.release()
             raise
@@ -106,16 +124,16 @@ class Line:
             self._timer.cancel()
             self._timer = None
         while self._waiting:
-            ticket, tokens = self._waiting[0]
-            if not ticket.done():
+            ticket = self._waiting[0]
+            if not ticket.let_in.done():
                 now = self._loop.time()
-                wait_s = self.pacer.wait_s(now, tokens)
+                wait_s = self.pacer.wait_s(now, ticket.tokens, trial=ticket.trial)
                 if wait_s > 0.0:
                     if wait_s < math.inf:
                         self._timer = self._loop.call_later(wait_s, self.admit)
                     return
-                self.pacer.sent(now, tokens, written=not self.pacer.capped)
-                ticket.set_result(now)
+                self.pacer.sent(now, ticket.tokens, written=not self.pacer.capped)
+                ticket.let_in.set_result(now)
             self._waiting.popleft()
 
     def wrote(self) -> None:

@@ -158,6 +158,11 @@ class Pacer:
         return 1 if self._outage.since is not None else int(self._window.size)
 
     @property
+    def full(self) -> bool:
+        """Whether what is in flight is all that ever may be."""
+        return self._in_flight >= min(self._capped, self._connections, self._share.seats)
+
+    @property
     def capped(self) -> bool:
         """Whether the user capped a rate: then it matters when a request goes onto the wire."""
         return bool(self._request_caps or self._token_caps)
@@ -213,7 +218,7 @@ class Pacer:
         self._woke = now
         self.note(now, "")
 
-    def wait_s(self, now: float, tokens: int) -> float:
+    def wait_s(self, now: float, tokens: int, *, trial: bool = False) -> float:
         """Say how long the next request must wait.
 
         Parameters
@@ -222,6 +227,8 @@ class Pacer:
             The time.
         tokens : int
             Estimated for the request.
+        trial : bool, default False
+            It shows whether what is in flight is lost, and so does not wait until some of that comes back.
 
         Returns
         -------
@@ -233,7 +240,7 @@ class Pacer:
             self._limit = "outage"
             return self._outage.wait_s(now)
         in_flight = self._in_flight
-        if in_flight >= min(int(self._window.size), self._share.seats) or (in_flight and self._outage.suspected):
+        if self.full or (not trial and (in_flight >= int(self._window.size) or (in_flight and self._outage.suspected))):
             self._wanted = True
             self._limit = self._most_in_flight_by()
             return math.inf

@@ -30,7 +30,12 @@ from llmframe.failures import Unreachable
 from llmframe.redaction import redacted, secrets_among, without_secrets
 
 LARGE_BYTES = 1 << 19  # aiohttp writes bytes in one go, and warns of it from 1 MiB on; a file it writes in pieces
-KEEPALIVE_S = 30.0  # shorter than the idle limits of common servers and proxies (60 s), so none closes under a request
+KEEPALIVE_S = 4.0
+"""Idle connections are closed after it: uvicorn and node close theirs after 5 s, and what is sent just then is lost.
+
+And where a server takes so many connections and no more (waitress 100, haproxy's maxconn), one that lies idle keeps a
+request that is in flight from being taken.
+"""
 FILES_SHARE = 0.75  # of the files a process may open, for connections; the rest is for everything else
 POOL = 100  # connections of an HTTP client that does not say how many: httpx's own default
 HEADER_BYTES = 64 << 10  # of one header of a reply: some gateways' cookies are larger than the 8 KB that aiohttp takes

@@ -575,11 +575,11 @@ def test_what_an_overdue_attempt_answers_after_all_ends_the_one_beside_it(
 ) -> None:
     monkeypatch.setattr(timeouts, "FLOOR_S", 0.3)
     server.reset(latency_s=0.02)
-    ran = ask(server, [*rows(20), "[[sleep=1.5]] slow"])
+    ran = ask(server, [*rows(20), "[[sleep=3]] slow"])
     assert ran.statuses == ["ok"] * 21
     outcome = ran.outcomes[20]
     assert (outcome.attempts, ran.tally.maybe_billed, ran.tally.failures["timeout"]) == (2, 1, 1)
-    assert outcome.latency_s == pytest.approx(1.5, abs=0.5)  # not 0.3 s more, and a retry's
+    assert outcome.latency_s == pytest.approx(3.0, abs=0.5)  # not 0.3 s more, and a retry's
 
 
 def test_a_lone_slow_row_is_asked_twice_at_most(server: SimulatedServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -587,6 +587,37 @@ def test_a_lone_slow_row_is_asked_twice_at_most(server: SimulatedServer, monkeyp
     ran = ask(server, ["fast", "[[sleep=3]] slow"])
     assert ran.statuses == ["ok"] * 2
     assert server.stats().received <= 3
+
+
+@pytest.mark.parametrize("second", [400, 403])
+def test_a_row_whose_second_attempt_is_refused_has_the_answer_of_its_first(
+    server: SimulatedServer, monkeypatch: pytest.MonkeyPatch, second: int
+) -> None:
+    monkeypatch.setattr(timeouts, "FLOOR_S", 0.3)
+    slow = "[[sleep=3]] slow"
+
+    async def main() -> Ran:
+        async with asking(server, [*rows(50), slow], Policy(max_attempts=2)) as ran:
+            await server.until(received=51)
+            server.change(status_all=second)
+            await asyncio.sleep(2.0)
+            server.change(status_all=None)
+        return ran
+
+    ran = alone(main())
+    assert ran.statuses == ["ok"] * 51
+    assert set(server.answered_by_content().values()) == {1}
+
+
+def test_a_row_fails_when_none_of_its_attempts_is_open_any_more(
+    server: SimulatedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timeouts, "FLOOR_S", 0.3)
+    monkeypatch.setattr(engine, "DOUBT_S", 1.0)
+    began = time.monotonic()
+    ran = ask(server, [*rows(50), "[[hang_first=1]][[status=400]] lost"])
+    assert ran.statuses == ["ok"] * 50 + ["failed"]
+    assert time.monotonic() - began < 4.0
 
 
 def test_a_run_does_not_wait_for_what_its_rows_no_longer_wait_for(
@@ -612,19 +643,20 @@ def test_an_overdue_row_is_charged_twice_at_most_and_its_budget_comes_back(
 ) -> None:
     monkeypatch.setattr(timeouts, "FLOOR_S", 0.3)
     budget = Budget(bound=Bound(100), max_tokens=10**6)
-    ran = Ran([*rows(50), "[[sleep=1]] slow"], base_url=server.base_url, budget=budget)
+    ran = Ran([*rows(50), "[[sleep=3]] slow"], base_url=server.base_url, budget=budget)
     alone(ran.run())
+    assert ran.tally.failures["timeout"] == 1
     assert ran.statuses == ["ok"] * 51
     assert budget.idle
     used = sum((each.prompt_tokens or 0) + (each.completion_tokens or 0) for each in ran.outcomes.values())
-    assert used < budget.spent.tokens <= used + budget.bound(body_of("[[sleep=1]] slow")).tokens
+    assert used < budget.spent.tokens <= used + budget.bound(body_of("[[sleep=3]] slow")).tokens
 
 
 def test_where_the_budget_has_no_room_for_a_second_attempt_the_first_is_waited_for(
     server: SimulatedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(timeouts, "FLOOR_S", 0.3)
-    slow = "[[sleep=1]] slow"
+    slow = "[[sleep=3]] slow"
     budget = Budget(bound=Bound(100), max_tokens=50 * 50 + int(1.5 * Bound(100)(body_of(slow)).tokens))
     ran = Ran([*rows(50), slow], base_url=server.base_url, budget=budget)
     alone(ran.run())
