@@ -18,10 +18,12 @@ import numpy.typing as npt
 
 from llmframe import runner
 from llmframe.budget import ANSWER_LIMITS
+from llmframe.call import LOCAL, plan_call
 from llmframe.checkpoint import Checkpoint
 from llmframe.errors import ConfigurationError
 from llmframe.options import Options, answers_asked, check_count
 from llmframe.planning import Plan
+from llmframe.prepared import reread
 from llmframe.prices import PriceOf
 from llmframe.prompts import Missing, Prompts
 from llmframe.results import Completion, Usage
@@ -175,7 +177,7 @@ class _Look:
 
 
 def _look(prompts: Prompts, options: Options, enough: int) -> _Look:
-    call = runner.plan_call(prompts, options if options.client is not None else _keyless(options))
+    call = plan_call(prompts, options if options.client is not None else _keyless(options))
     assert options.model is not None
     kept = {} if options.checkpoint is None or options.refresh else _kept(options, call.plan, call.schema)
     counter = counter_for(options.model)
@@ -207,7 +209,7 @@ def _look(prompts: Prompts, options: Options, enough: int) -> _Look:
 
 def _keyless(options: Options) -> Options:
     """Let a call be estimated before its owner has a key: none is sent anywhere."""
-    given = options.api_key is not None or os.environ.get("OPENAI_API_KEY") or options.model == runner.LOCAL
+    given = options.api_key is not None or os.environ.get("OPENAI_API_KEY") or options.model == LOCAL
     return options if given else replace(options, api_key="none is needed to estimate")
 
 
@@ -221,7 +223,7 @@ def _kept(options: Options, plan: Plan, schema: Any) -> Mapping[int, Completion]
                 found[number] = completion
         return found
     for number, completion in () if checkpoint is None else checkpoint.find(plan.keys):
-        kept = runner.reread(completion, schema)
+        kept = reread(completion, schema)
         if kept is not None and not (kept.text is None and kept.status != "ok" and options.where == "missing"):
             found[number] = kept
     return found
