@@ -23,7 +23,7 @@ from llmframe.checkpoint import Checkpoint
 from llmframe.errors import ConfigurationError
 from llmframe.options import Options, answers_asked, check_count
 from llmframe.planning import Plan
-from llmframe.prepared import reread
+from llmframe.prepared import ready, recall
 from llmframe.prices import PriceOf
 from llmframe.prompts import Missing, Prompts
 from llmframe.results import Completion, Usage
@@ -179,10 +179,14 @@ class _Look:
 def _look(prompts: Prompts, options: Options, enough: int) -> _Look:
     call = plan_call(prompts, options if options.client is not None else _keyless(options))
     assert options.model is not None
-    kept = {} if options.checkpoint is None or options.refresh else _kept(options, call.plan, call.schema)
+    prepared = ready(prompts, options, call, _checkpoint(options))
+    recall(prepared)
+    outcomes = prepared.state.outcomes
+    asked = outcomes.pending().tolist()
+    unkept = {*asked, *call.plan.unreadable}
+    kept = {number: outcomes[number] for number in range(len(outcomes)) if number not in unkept}
     counter = counter_for(options.model)
     counted = _count(prompts, call.plan, counter, embedding=options.embeds)
-    asked = [number for number in range(len(counted)) if number not in kept and number not in call.plan.unreadable]
     unseen = _unseen(call.schema, call.params) + (["images"] if options.images else [])
     prompt_tokens, prompts_by = _prompt_tokens(counted, kept, asked, counter, unseen, enough)
     mean, completions_by = _completion_tokens(kept, call.params, enough)
@@ -213,20 +217,9 @@ def _keyless(options: Options) -> Options:
     return options if given else replace(options, api_key="none is needed to estimate")
 
 
-def _kept(options: Options, plan: Plan, schema: Any) -> Mapping[int, Completion]:
-    assert options.checkpoint is not None
-    found: dict[int, Completion] = {}
-    checkpoint = Checkpoint.look(options.checkpoint)
-    if options.embeds:
-        for number, completion in () if checkpoint is None else checkpoint.find(plan.keys):
-            if completion.status == "ok":
-                found[number] = completion
-        return found
-    for number, completion in () if checkpoint is None else checkpoint.find(plan.keys):
-        kept = reread(completion, schema)
-        if kept is not None and not (kept.text is None and kept.status != "ok" and options.where == "missing"):
-            found[number] = kept
-    return found
+def _checkpoint(options: Options) -> Checkpoint | None:
+    """Give the checkpoint that spares the call requests."""
+    return None if options.checkpoint is None or options.refresh else Checkpoint.look(options.checkpoint)
 
 
 def _count(prompts: Prompts, plan: Plan, counter: Counter, *, embedding: bool) -> list[int]:
