@@ -77,22 +77,29 @@ class LLMFrame:
             Also write cached and reasoning tokens, cost (USD), latency (s), attempts, finish reason, model, source,
             request id, tool calls (JSON) and the reasoning of a model that thinks.
         where : "missing" or boolean mask, optional
-            Which rows to ask: those without an answer, or those of the mask. The others keep what they hold.
+            Which rows to ask: those whose output column is null, or those of the mask. The others keep what they
+            hold. Text that was cut, or that does not fit an object schema, is not null; to ask such rows again, pass
+            ``where=out.response_status.isin(["truncated", "invalid"]), refresh=True``.
         refresh : bool, default False
-            Ask again, whatever the checkpoint holds.
+            Ask again, whatever the checkpoint holds; it is paid for again.
         na : {"skip", "raise", "keep"}
             What to do with a row where a used column is missing; ``"keep"`` renders it as empty.
         checkpoint : path or fsspec URL, optional
-            A directory that keeps every answer: the same call again asks only what is not there.
+            A directory that keeps every answer: the same call again asks only what is not there. What was paid for
+            (``ok``, ``truncated``, ``filtered``, ``refused``, ``invalid``) is given back, with ``where="missing"``
+            only where there is text; ``failed`` and ``pending`` rows are asked again.
         dedupe : bool, default True
             Ask identical requests once.
         max_concurrency, rpm, tpm : optional
             Caps on requests in flight, on requests and on tokens per minute. Learned without them; 1 is sequential.
         max_cost, max_tokens_total : optional
             The most this call may spend, in USD or in tokens. Never passed: the worst case of what is in flight is
-            set aside before it is sent. What is not reached is ``pending``.
+            set aside before it is sent. What is not reached is ``pending``. ``max_cost`` needs a known price (by the
+            extra ``cost``, or ``prices=``). Both need ``max_tokens=`` for a model whose longest answer is not known;
+            that of most OpenAI models is.
         prices : dict, optional
-            USD per million tokens, ``{"input": 0.15, "output": 0.60}``, where genai-prices does not know the model.
+            USD per million tokens, ``{"input": 0.15, "cached": 0.075, "output": 0.60}`` (``"cached"`` may be left out),
+            where the extra ``cost`` is not installed or does not know the model.
         timeout : float, optional
             Seconds for one attempt; learned without it.
         max_attempts : int, default 8
@@ -106,7 +113,7 @@ class LLMFrame:
             ``base_url`` names replicas, servers with the same model: all are kept equally full, one that fails is left
             out until it answers again, and answers are kept under the first.
         progress : bool, optional
-            A bar, or none (and no other notice); by itself in a terminal or notebook.
+            True shows a bar, False none and no notices either. Without it there is a bar in a terminal or notebook.
         **params
             Anything else goes to the API: ``temperature``, ``max_tokens``, ``n``, ``extra_body``, ...
 
@@ -172,7 +179,8 @@ class LLMFrame:
         where, refresh, na, checkpoint, dedupe, on_error, progress : optional
             As for `complete`.
         max_concurrency, rpm, tpm, max_cost, max_tokens_total, prices, timeout, max_attempts : optional
-            As for `complete`; ``prices`` needs no ``"output"``.
+            As for `complete`; ``prices`` needs no ``"output"``, and is not taken from `configure`: its prices are those
+            of the model that answers.
         client, base_url, api_key : optional
             As for `complete`.
         **params

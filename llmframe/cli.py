@@ -19,6 +19,13 @@ from llmframe.cli_run import add_run
 from llmframe.cli_words import STOPPED, WRONG_USE, complain
 from llmframe.errors import LLMFrameError
 
+WHERE_FROM = """\
+what a verb asks:
+  the key       OPENAI_API_KEY (--model local needs none)
+  the endpoint  --base-url, else OPENAI_BASE_URL, else OpenAI's own
+  the model     --model, else LLMFRAME_MODEL
+`llmframe VERB --help` tells more of each."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, and give its exit status.
@@ -46,7 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="llmframe", description="A language model over the rows of a table.")
+    parser = argparse.ArgumentParser(
+        prog="llmframe",
+        description="A language model over the rows of a table.",
+        epilog=WHERE_FROM,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     add_run(verbs)
     add_batch(verbs)

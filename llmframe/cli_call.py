@@ -23,15 +23,19 @@ COUNTS = ("max_concurrency", "max_tokens_total", "max_attempts")
 CHOICES = {"api": ("chat", "responses"), "na": ("skip", "raise", "keep")}
 SWITCHES = ("details", "refresh")
 
+PARAM = "one parameter of the API, as in temperature=0.2 (V is JSON, else text); repeat it for more"
+WHERE = "only rows like 'score > 1', by == != < <= > >=; repeat it, and all have to hold"
+PRICES = 'USD per million tokens, where they are not known: {"input": 0.15, "output": 0.6}'
+
 
 def add_call(verb: argparse.ArgumentParser) -> None:
     """Add the flags of a call, the keywords of `complete` among them."""
     verb.add_argument("--prompt-file", type=Path, metavar="F", help="a file with the prompt")
-    verb.add_argument("--schema", metavar="S", help="file.json, module:Model, or labels: yes,no")
-    verb.add_argument("--param", type=parameter, action="append", default=[], metavar="N=V", help="an API parameter")
-    verb.add_argument("--where", action="append", default=[], metavar="C", help="only rows like this: 'score > 1'")
+    verb.add_argument("--schema", metavar="S", help="what an answer has to fit: yes,no or file.json or module:Model")
+    verb.add_argument("--param", type=parameter, action="append", default=[], metavar="N=V", help=PARAM)
+    verb.add_argument("--where", action="append", default=[], metavar="C", help=WHERE)
     verb.add_argument("--limit", type=count, metavar="N", help="only the first N rows")
-    verb.add_argument("--prices", type=json.loads, metavar="JSON", help='USD: {"input": 0.15, "output": 0.6}')
+    verb.add_argument("--prices", type=json.loads, metavar="JSON", help=PRICES)
     for name in WORDS:
         verb.add_argument(flag_of(name), metavar="X", help=argparse.SUPPRESS)
     verb.add_argument(flag_of(REPLICAS), action="append", metavar="URL", help=argparse.SUPPRESS)

@@ -19,8 +19,8 @@ def add_completion(verbs: Verbs, parser: argparse.ArgumentParser) -> None:
     """Add the verb."""
     completion = verbs.add_parser(
         "completion",
-        help="a script by which a shell completes all this",
-        description="Print a script by which a shell completes llmframe's verbs, options and files.",
+        help="print a completion script for bash, zsh or tcsh",
+        description="Print a completion script, by which a shell completes llmframe's verbs, options and files.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

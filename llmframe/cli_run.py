@@ -24,7 +24,8 @@ examples:
   llmframe run in.parquet out.parquet "Is this positive? {review}" --schema yes,no --model gpt-4o-mini
   llmframe run in.parquet out.parquet --prompt-file ask.txt --batch --model gpt-4o-mini
   llmframe run 's3://rows/2026-*.parquet' s3://answers/ --prompt-file ask.txt --max-cost 20 --json
-exit status: 0 every row ok or skipped, 2 wrong use, 3 some rows neither, 4 stopped (run it again to go on)"""
+exit status: 0 every row ok or skipped, 2 wrong use, 3 some rows neither,
+4 stopped (run it again to go on, but not with --refresh)"""
 
 
 def add_run(verbs: Verbs) -> None:
@@ -47,7 +48,7 @@ def add_run(verbs: Verbs) -> None:
     group.add_argument("--clean", action="store_true", help="delete the checkpoint when all of SOURCE is answered")
     group.add_argument("--dask", metavar="URL", help="ask on the workers of a cluster: tcp://scheduler:8786")
     group.add_argument("--batch", action="store_true", help="by the Batch API first (SINK.batch keeps the job)")
-    group.add_argument("--poll-s", type=float, default=POLL_S, metavar="S", help="with --batch: between two looks")
+    group.add_argument("--poll-s", type=float, default=POLL_S, metavar="S", help="with --batch: seconds between looks")
     group.add_argument("--json", action="store_true", help="one line of JSON on standard output at the end")
     run.set_defaults(verb=_run)
 

@@ -17,33 +17,28 @@ from functools import partial
 from itertools import takewhile
 from typing import Any, Protocol
 
-from llmframe import failures
+from llmframe import failures, patience
+from llmframe.attempts import Attempt, Job
+from llmframe.billing import may_be_billed, paid
 from llmframe.budget import Budget, Cost
 from llmframe.crowding import Crowding
-from llmframe.endpoint import CONNECT_S, Endpoint
+from llmframe.endpoint import Endpoint
 from llmframe.errors import BudgetExceeded, EndpointError
 from llmframe.failures import Failure, Kind, Unreachable
 from llmframe.limits import rate_headers, retry_after_s
 from llmframe.lines import Line
 from llmframe.pacing import Caps
-from llmframe.replies import read_json, read_usage
+from llmframe.patience import NOT_THERE, Patience
+from llmframe.replies import read_json
 from llmframe.requests import Form, text_bytes
-from llmframe.results import Completion, Usage, after
+from llmframe.results import Completion, after
 from llmframe.timeouts import DOUBT_S, Timeout
 from llmframe.transports import Lost, ReplicaDown, Reply, Wrote
 
-FIRST_PATIENCE_S = 12.0  # nobody is there: most likely the address is wrong, and the user sits waiting
-PATIENCE_S = 600.0  # an endpoint that is there comes back: it loads its model, is deployed anew, or restarts
 AHEAD = 2  # requests beyond the window that are made and wait: by them the pacer sees that more is wanted
 GRACE_S = 1.0  # what is in flight is paid for: how long a stopped run waits for it
 ALIKE = 20  # the same refusal of so many first rows, with no answer among them, is the run's failure
 GATEWAY = frozenset({502, 503, 504})  # statuses of whoever stands before a server that is not there
-NOT_THERE = frozenset({502, 504})  # those of them that only a proxy gives: a server that loads its model says 503
-MAYBE_BILLED = frozenset({408, 502, 504, 520, 524})
-"""Statuses of whoever stands before the server and gave up waiting, or could not read its answer: it may have answered.
-
-521 to 523 say that it was not reached, and a 500 or 503 is its own: nobody bills for those.
-"""
 REFUSALS_A_STRIKE = 3  # of one row, while others are answered: bad luck with a limit, until it has lasted too long
 PERHAPS_THE_ROWS = frozenset({403, 404})
 """Statuses that end a run as a rule, and that some give to a row: a firewall to its words, a router to its images."""
@@ -129,93 +124,6 @@ class Tally:
     unkept: dict[int, Completion] = field(default_factory=dict)
 
 
-@dataclass(slots=True, eq=False)
-class Job:
-    """One request on its way.
-
-    Attributes
-    ----------
-    number, body, tokens : int, bytes, int
-        The request, and about what it takes of a token limit.
-    attempts, strikes, timeouts, refusals : int
-        Requests sent; failures that count against the most a row may have; attempts that timed out; that met a limit.
-    going : int
-        Attempts that are in flight or wait for their turn: two, where one is overdue and it is asked again beside it.
-    answered_before : int
-        How many answers the run had when the row was last refused, or taken up.
-    failed : int
-        Attempts that gave no answer, and were tried again.
-    form : str
-        How the schema is put to the endpoint.
-    repairs : int
-        Answers that did not fit and were asked again.
-    unfit : Completion or None
-        The last of them, with what all of them cost.
-    url : str
-        Who replied last, where the endpoint has several URLs.
-    over : bool
-        It has its outcome, or others were made of it.
-    """
-
-    number: int
-    body: bytes
-    tokens: int
-    attempts: int = 0
-    strikes: int = 0
-    timeouts: int = 0
-    refusals: int = 0
-    going: int = 1
-    answered_before: int = 0
-    failed: int = 0
-    form: Form = "json_schema"
-    repairs: int = 0
-    unfit: Completion | None = None
-    url: str = ""
-    over: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class Attempt:
-    """A request in flight.
-
-    Attributes
-    ----------
-    job, body : Job, bytes
-        Whose, and what was sent: since then another body may have been made for it.
-    started, beside : float, int
-        When it was let in, and others of the run in flight then.
-    most : Cost or None
-        What the budget has set aside for it.
-    deadline : asyncio.Timeout or None
-        Ends it when it has taken too long.
-    doubted : bool
-        It is overdue, and counted as failed; its row was asked again, and what it may yet say is heard.
-    """
-
-    job: Job
-    body: bytes
-    started: float
-    beside: int
-    most: Cost | None
-    deadline: asyncio.Timeout | None = None
-    doubted: bool = False
-
-    @property
-    def moot(self) -> bool:
-        """Whether its row waits for it no more."""
-        return self.job.over or self.body is not self.job.body
-
-    @property
-    def given_up(self) -> bool:
-        """Whether its end is near."""
-        return self.deadline is not None and self.deadline.when() is not None
-
-    def give_up(self, now: float) -> None:
-        """End it."""
-        if self.deadline is not None:
-            self.deadline.reschedule(now)
-
-
 @dataclass(frozen=True, slots=True)
 class _Denied:
     """A row refused as a run is, where others are answered: whose fault it is will show by what is sent after it."""
@@ -283,14 +191,9 @@ class Crew:
         self._exhausted = False
         self._open = 0  # requests begun and not yet delivered
         self._failing = 0  # those of them that are tried again
-        self._began = self._loop.time()
-        self._heard_at = self._began  # the last reply
-        self._unreached_since: float | None = None
-        self._refused_since: float | None = None  # the first 429 with no answer after it
+        self._heard_at = self._loop.time()  # the last reply
+        self._patience = Patience(endpoint.url, self._heard_at)
         self._crowding = Crowding()
-        self._there = False  # a server has refused a request itself
-        self._asked_s = 0.0  # the longest wait that was asked for
-        self._trouble = "none yet"  # the last failure, for the message when patience runs out
         self._denied: list[_Denied] = []
         self._refusals: list[int | None] | None = []  # HTTP statuses of the first rows, while all are one 4xx
         self._finished: asyncio.Future[None] = self._loop.create_future()
@@ -349,7 +252,12 @@ class Crew:
                 most = None
                 if self._budget is not None and (most := await self._afford(self._budget, job)) is None:
                     continue  # it was divided, or the run is over
-                await self._attempt(job, await self._line.enter(job.tokens), most)
+                try:
+                    started = await self._line.enter(job.tokens)
+                except BaseException:  # it is not sent; and the budget may be that of other runs too
+                    self._set_free(most)
+                    raise
+                await self._attempt(job, started, most)
         except Exception as error:
             self._stop(error)
 
@@ -390,12 +298,17 @@ class Crew:
         budget.set_aside(most)
         return most
 
+    def _set_free(self, most: Cost | None) -> None:
+        """Give back what was set aside for an attempt that is not made."""
+        if self._budget is not None and most is not None:
+            self._budget.settle(most, Cost())
+
     def _charge(
         self, most: Cost | None, reply: Reply | None, payload: Any, outcome: Completion | Failure | None
     ) -> None:
         """Count what an attempt cost; its worst case where it may have been billed and nobody says how much."""
         if self._budget is not None and most is not None:
-            self._budget.settle(most, _paid(self._budget, most, reply, payload, outcome))
+            self._budget.settle(most, paid(self._budget, most, reply, payload, outcome))
 
     # -- one attempt
 
@@ -406,8 +319,7 @@ class Crew:
         if job.over:  # while it waited for its turn, an attempt before it was answered after all
             self._line.wrote()
             self._line.release()
-            if self._budget is not None and most is not None:
-                self._budget.settle(most, Cost())
+            self._set_free(most)
             return
         job.attempts += 1
         self._tally.sent += 1
@@ -430,7 +342,8 @@ class Crew:
         self._charge(most, reply, payload, outcome)
         now = self._loop.time()
         if reply is not None:
-            self._heard_at, self._unreached_since = now, None
+            self._heard_at = now
+            self._patience.heard()
         job.going -= 1
         if attempt.moot or (attempt.doubted and isinstance(outcome, Failure) and outcome.verdict == "retry"):
             self._heard_late(attempt, reply, outcome, now)
@@ -477,7 +390,7 @@ class Crew:
             self._timeout.answered(latency_s)
             self._tally.maybe_billed += 1
         else:
-            self._tally.maybe_billed += _may_be_billed(reply, outcome)
+            self._tally.maybe_billed += may_be_billed(reply, outcome)
         self._line.pacer.released(now, latency_s=latency_s, alive=reply is not None)
         self._line.admit()
 
@@ -488,7 +401,7 @@ class Crew:
         if completion.prompt_tokens is not None:
             used = completion.prompt_tokens + (completion.completion_tokens or 0)
         self._line.answered = True
-        self._refused_since = None
+        self._patience.accepted()
         self._crowding.answered(attempt.started, attempt.beside)
         latency_s = now - attempt.started
         self._line.pacer.answered(
@@ -528,16 +441,14 @@ class Crew:
     async def _failed(self, attempt: Attempt, reply: Reply | None, failure: Failure, now: float) -> None:
         job = attempt.job
         self._tally.failures[failure.kind] += 1
-        self._tally.maybe_billed += _may_be_billed(reply, failure)
-        self._trouble = failure.message
+        self._tally.maybe_billed += may_be_billed(reply, failure)
         self._crowding.failed(now, attempt.beside)
         if failure.kind == "timeout":
             job.timeouts += 1
         else:
             self._on_trial.discard(job)
         asked_s = self._tell_pacer(attempt, reply, failure, now)
-        self._there |= (failure.http or 0) >= 400 and failure.http not in NOT_THERE
-        self._asked_s = max(self._asked_s, asked_s or 0.0)
+        self._patience.failed(failure, attempt.started, asked_s)
         if self._ask_again is not None:
             body = self._ask_again.fallen_back(job.number, job.form, failure)
             if body is not None and not self._finished.done():
@@ -579,7 +490,7 @@ class Crew:
         """Give the seconds that a reply asks to wait; None where that is one server's word, and others answer."""
         asked_s = retry_after_s(reply.headers, time.time(), failure.wait) if reply else None
         others_answer = self._line.answered and self._line.pacer.down_since is None
-        if asked_s is not None and asked_s > PATIENCE_S and failure.kind != "rate limit" and others_answer:
+        if asked_s is not None and asked_s > patience.PATIENCE_S and failure.kind != "rate limit" and others_answer:
             return None  # a page of maintenance: where it is every server's, an outage is found in a moment
         return asked_s
 
@@ -593,11 +504,10 @@ class Crew:
                 self._stop_at(job, failure.message)
             return None
         if failure.verdict == "row":
-            self._refused_since = None
-        elif failure.kind == "rate limit" and self._refused_too_long(job, failure, now):
+            self._patience.accepted()
+        elif failure.kind == "rate limit" and (words := self._patience.refused(failure, now, self._oldest)):
+            self._stop_at(job, words)
             return None
-        if failure.kind == "connection" and self._unreached_since is None:
-            self._unreached_since = attempt.started
         job.strikes += self._is_strike(job, failure)
         last = failure.verdict == "row" or job.strikes >= self._policy.max_attempts
         suspect = job.strikes >= STRIKES_TOGETHER and failure.kind != "rate limit"
@@ -608,13 +518,8 @@ class Crew:
         if last:
             self._give_up(job, failure)
             return None
-        if asked_s is not None and asked_s > PATIENCE_S:
-            until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + asked_s))
-            self._stop_at(
-                job,
-                f"the endpoint asks to come back at {until}, in {asked_s:,.0f} s, and llmframe waits no longer than "
-                f"{PATIENCE_S:.0f} s: {failure.message}",
-            )
+        if asked_s is not None and (words := self._patience.asked(failure, asked_s)):
+            self._stop_at(job, words)
             return None
         if asked_s:
             return asked_s
@@ -647,25 +552,6 @@ class Crew:
             failure = replace(each.failure, verdict="row")
             if not self._divide(each.job, failure):
                 self._give_up(each.job, failure)
-
-    def _refused_too_long(self, job: Job, failure: Failure, now: float) -> bool:
-        """Stop when nothing but 429s has come for too long, as from a limit by the day that says no more than that.
-
-        Judged when one comes and not by the clock: where a known limit lets nothing out for long, nobody refuses.
-        """
-        if self._refused_since is None:
-            self._refused_since = now
-        refused_s = now - self._refused_since
-        oldest = next(iter(self._flying), None)
-        at_work = oldest is not None and oldest.started < self._refused_since  # it was let in, and is slow
-        if refused_s <= PATIENCE_S or at_work:
-            return False
-        self._stop_at(
-            job,
-            f"the endpoint has refused every request for {refused_s:,.0f} s, and llmframe waits no longer than "
-            f"{PATIENCE_S:.0f} s: {failure.message}",
-        )
-        return True
 
     def _is_strike(self, job: Job, failure: Failure) -> bool:
         """Whether a failure may be the row's own, and not the endpoint's or its other users'."""
@@ -800,6 +686,8 @@ class Crew:
         """End what is still under way for a row that has its outcome; what is doubted may go on, for what it shows."""
         job.over = True
         self._on_trial.discard(job)
+        if self._denied:
+            self._denied = [each for each in self._denied if each.job is not job]
         if not job.going:
             return
         if (timer := self._later.pop(job, None)) is not None:
@@ -810,20 +698,15 @@ class Crew:
 
     def _check_patience(self, now: float) -> None:
         """Stop when the endpoint has been out of reach, or down, for too long."""
-        since = min((at for at in (self._unreached_since, self._line.pacer.down_since) if at is not None), default=now)
-        lost_s = now - max(since, self._began)  # an outage may be older than this run, which has yet to try
-        oldest = next(iter(self._flying), None)
-        if oldest is not None and now - oldest.started > CONNECT_S:
-            return  # no connection takes that long: somebody is there, at work on it
-        patience_s = PATIENCE_S if self._there or self._line.answered else FIRST_PATIENCE_S
-        # What was asked for is waited out, and what is sent then has a moment to be answered.
-        if lost_s > max(patience_s, self._asked_s and self._asked_s + FIRST_PATIENCE_S):
-            self._stop(
-                EndpointError(
-                    f"no answer from {self._endpoint.url} for {lost_s:.0f} s; the last attempt: {self._trouble}; "
-                    "check that the server runs, that base_url= is right, and the network"
-                )
-            )
+        down_since = self._line.pacer.down_since
+        words = self._patience.lost(now, down_since=down_since, oldest=self._oldest, answered=self._line.answered)
+        if words:
+            self._stop(EndpointError(words))
+
+    @property
+    def _oldest(self) -> float | None:
+        """When the oldest request in flight was sent."""
+        return next((attempt.started for attempt in self._flying), None)
 
 
 class _Once:
@@ -848,23 +731,3 @@ def _tokens_of(body: bytes) -> int:
 def _wake(waiting: asyncio.Future[None]) -> None:
     if not waiting.done():  # its run may have ended meanwhile
         waiting.set_result(None)
-
-
-def _may_be_billed(reply: Reply | None, failure: Failure) -> bool:
-    """Whether an attempt that gave no answer may be on the bill: somebody took it, and nobody says that it failed."""
-    if reply is None:
-        return failure.kind not in ("connection", "replica away")  # there nobody took the request
-    return reply.is_success or reply.status in MAYBE_BILLED
-
-
-def _paid(budget: Budget, most: Cost, reply: Reply | None, payload: Any, outcome: Completion | Failure | None) -> Cost:
-    """Give what an attempt cost, as far as anybody says."""
-    usage: Usage | None = None
-    if isinstance(outcome, Completion):
-        if outcome.prompt_tokens and (outcome.completion_tokens or not outcome.text):
-            usage = Usage(outcome.prompt_tokens, outcome.completion_tokens or 0, outcome.cached_tokens or 0)
-    elif outcome is not None and not _may_be_billed(reply, outcome):
-        return Cost()
-    elif reply is not None and reply.is_success:  # an answer that could not be used
-        usage = read_usage(payload)
-    return most if usage is None else Cost.of(usage, budget.bound.price)

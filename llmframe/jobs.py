@@ -60,8 +60,8 @@ def run(
         As `LLMFrame.complete` takes them, those about a frame at hand aside. ``checkpoint`` is the sink's name with
         ``.checkpoint`` unless it is given: the same job again asks only what is not there.
     where : str or list of str, optional
-        Only rows for which all these hold: a column, an operator and a value each, as in ``"human_score > 1"``.
-        The other rows are not in the sink.
+        Only rows for which all these hold: a column, one of ``== != < <= > >=``, and a value each, as in
+        ``"human_score > 1"``. The other rows are not in the sink.
     limit : int, optional
         Rows from the first; all of them without it.
     partial : bool, default False

@@ -30,7 +30,8 @@ def complete(messages: Iterable[Any], **keywords: Any) -> list[Completion]:
     messages : list of list of dict
         Message arrays, each as the chat API takes it.
     **keywords
-        Those of `LLMFrame.complete` that are not about a frame's columns.
+        Those of `LLMFrame.complete`, but ``system``, ``examples``, ``history``, ``images``, ``output``, ``details``,
+        ``where`` and ``na``, which are about a frame and its columns.
 
     Returns
     -------

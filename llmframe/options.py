@@ -71,7 +71,8 @@ class Options:
     def __post_init__(self) -> None:
         _check_choice("na", self.na, ("skip", "raise", "keep"))
         _check_choice("on_error", self.on_error, ("column", "raise"))
-        _check_choice("api", self.api, ("chat", "responses", "embeddings"))
+        if not (isinstance(self.api, str) and self.embeds):  # what `embed` passes, and nobody else is meant to
+            _check_choice("api", self.api, ("chat", "responses"))
         for name in ("details", "refresh", "dedupe"):
             _check_choice(name, getattr(self, name), (True, False))
         _check_choice("progress", self.progress, (None, True, False))
@@ -202,11 +203,17 @@ def embed_options(
 
 
 KEYWORDS = tuple(keyword.name for keyword in fields(Options) if keyword.name != "params")
-OF_ENDPOINT = (
+OF_ANY_CALL = (
+    "details",
+    "refresh",
+    "na",
     "checkpoint",
+    "dedupe",
     "max_concurrency",
     "rpm",
     "tpm",
+    "max_cost",
+    "max_tokens_total",
     "timeout",
     "max_attempts",
     "on_error",
@@ -214,7 +221,7 @@ OF_ENDPOINT = (
     "base_url",
     "api_key",
     "progress",
-)  # what embeddings take of `configure`, whose model, prices and parameters are those of a model that answers
+)  # what embeddings take of `configure`, whose model, its prices and parameters are those of a model that answers
 FRAME_ONLY = (
     "system",
     "examples",
@@ -230,12 +237,15 @@ _configured: dict[str, Any] = {}
 
 
 def configure(**defaults: Any) -> None:
-    """Set process-wide defaults for any keyword of `complete`, ours or the API's.
+    """Set defaults for this process: for any keyword of `complete` but ``where``, ours or the API's.
 
     Parameters
     ----------
     **defaults
-        Keywords and their values; None takes a default back.
+        Keywords and their values; None takes a default back. `LLMFrame.embed` takes those that any call can have: of
+        the checkpoint, the endpoint, the caps and the budgets, and ``details``, ``refresh``, ``na``, ``dedupe``,
+        ``on_error`` and ``progress``. What is about answers is not for it, nor are ``model``, ``prices``, ``output``
+        and the API's parameters: pass its own in the call.
 
     Raises
     ------
@@ -266,7 +276,7 @@ def gather_embedding(given: Mapping[str, Any]) -> Options:
     """Fill in what a call for embeddings left out; its model is its own."""
     checkpoint = os.environ.get("LLMFRAME_CHECKPOINT")
     base = {"checkpoint": checkpoint} if checkpoint else {}
-    ours = {name: value for name, value in _configured.items() if name in OF_ENDPOINT}
+    ours = {name: value for name, value in _configured.items() if name in OF_ANY_CALL}
     return embed_options(**base | _over(ours, given))
 
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 import llmframe
 from llmframe import failures
+from llmframe.billing import paid
 from llmframe.budget import PART_TOKENS, TEMPLATE_TOKENS, Bound, Budget, Cost, most_completion_tokens
-from llmframe.engine import _paid
 from llmframe.errors import BudgetExceeded, ConfigurationError
 from llmframe.prices import Prices, read_prices
 from llmframe.results import Usage
@@ -240,7 +240,7 @@ def test_a_server_that_says_that_it_failed_bills_nothing(status: int) -> None:
     failure = failures.of_reply(status, {}, b"", None)
     assert failure is not None
     budget = Budget(bound=Bound(10), max_tokens=1_000)
-    assert _paid(budget, budget.bound(b""), reply, None, failure) == Cost()
+    assert paid(budget, budget.bound(b""), reply, None, failure) == Cost()
 
 
 def test_an_attempt_that_timed_out_may_have_been_billed(server: SimulatedServer) -> None:

@@ -111,6 +111,22 @@ def test_no_verb_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
     assert "VERB" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["", "run", "batch", "batch submit", "inspect", "export", "demo", "completion"])
+def test_the_help_fits_a_screen(verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as caught:
+        main([*verb.split(), "--help"])
+    assert caught.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) <= 50
+
+
+def test_the_help_says_where_key_endpoint_and_model_come_from(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "LLMFRAME_MODEL", "VERB --help"))
+
+
 def test_a_row_that_fails_is_in_the_exit_status_and_on_the_screen(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -255,7 +255,7 @@ def test_a_text_that_brings_the_server_down_in_every_request_is_no_outage(
     server: SimulatedServer, embed: Embed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llmframe.outages.PROBE_S", 0.01)
-    monkeypatch.setattr("llmframe.engine.PATIENCE_S", 5.0)
+    monkeypatch.setattr("llmframe.patience.PATIENCE_S", 5.0)
     frame = rows(32)
     frame.loc[3::8, "text"] = [f"[[status=500]] {number}" for number in range(4)]
     out = embed(frame, max_attempts=3)
@@ -548,6 +548,43 @@ def test_what_is_configured_for_answers_does_not_reach_an_embedding(
     out = rows(2).llm.embed("text", model="m")
     assert is_right(out)
     assert server.requests()[0].body.keys() == {"model", "input", "encoding_format"}
+
+
+def test_a_configured_price_is_that_of_the_configured_model_and_of_no_embedding(
+    embed: Embed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmframe.options._configured", {})
+    llmframe.configure(model="chat", prices={"input": 1.0, "output": 1.0}, details=True)
+    assert embed(rows(2))["embedding_cost_usd"].isna().all()
+
+
+@pytest.mark.parametrize("cap", [{"max_tokens_total": 1}, {"max_cost": 1e-9}])
+def test_a_configured_budget_holds_for_an_embedding(
+    server: SimulatedServer, embed: Embed, monkeypatch: pytest.MonkeyPatch, cap: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("llmframe.options._configured", {})
+    llmframe.configure(**cap)
+    with pytest.raises(BudgetExceeded):
+        embed(rows(3), prices={"input": 0.02})
+    assert server.stats().received == 0
+
+
+def test_a_configured_budget_in_usd_is_never_left_out_for_want_of_a_price(
+    server: SimulatedServer, embed: Embed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmframe.options._configured", {})
+    llmframe.configure(max_cost=1.0)
+    with pytest.raises(ConfigurationError, match="max_cost= needs a price"):
+        embed(rows(3))
+    assert server.stats().received == 0
+
+
+def test_what_any_call_can_have_is_configured_for_embeddings_too(embed: Embed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmframe.options._configured", {})
+    llmframe.configure(details=True, na="keep", dedupe=False)
+    out = embed(pd.DataFrame({"text": ["same", "same", None]}), "text: {text}")
+    assert out["embedding_status"].tolist() == ["ok"] * 3
+    assert out["embedding_source"].tolist() == ["request"] * 3
 
 
 # ---- what is read

@@ -17,9 +17,11 @@ from typing import TypeVar
 import orjson
 import pytest
 
-from llmframe import answers, engine, failures, timeouts
+from llmframe import answers, engine, failures, patience, timeouts
+from llmframe.attempts import Job
+from llmframe.budget import Bound, Budget
 from llmframe.endpoint import resolve
-from llmframe.engine import ALIKE, Crew, Job, Policy, Read, Tally
+from llmframe.engine import ALIKE, Crew, Policy, Read, Tally
 from llmframe.errors import EndpointError
 from llmframe.lines import close_lines, line_to
 from llmframe.pacing import Caps, Pacer
@@ -58,6 +60,7 @@ class Ran:
     base_url: str = ""
     after: Callable[[int, Completion], None] | None = None
     read: Read = field(default=read)
+    budget: Budget | None = None
     outcomes: dict[int, Completion] = field(default_factory=dict)
     tally: Tally = field(default_factory=Tally)
     made: int = 0
@@ -76,7 +79,9 @@ class Ran:
     async def run(self) -> None:
         endpoint = resolve(base_url=self.base_url, api_key=KEY)
         line = line_to(endpoint, self.policy.caps)
-        crew = Crew(line, endpoint, self.requests(), self.read, self.deliver, self.policy, self.tally)
+        crew = Crew(
+            line, endpoint, self.requests(), self.read, self.deliver, self.policy, self.tally, budget=self.budget
+        )
         try:
             await crew.run()
         finally:
@@ -584,6 +589,65 @@ def test_a_lone_slow_row_is_asked_twice_at_most(server: SimulatedServer, monkeyp
     assert server.stats().received <= 3
 
 
+def test_a_run_does_not_wait_for_what_its_rows_no_longer_wait_for(
+    server: SimulatedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timeouts, "FLOOR_S", 0.3)
+
+    async def main() -> float:
+        began = time.monotonic()
+        async with asking(server, [*rows(50), "[[hang_first=1]] lost"]) as ran:
+            pass
+        took_s = time.monotonic() - began
+        assert ran.outcomes[50].attempts == 2
+        await server.until(open_connections=0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        return took_s
+
+    assert alone(main()) < 2.0
+
+
+def test_an_overdue_row_is_charged_twice_at_most_and_its_budget_comes_back(
+    server: SimulatedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timeouts, "FLOOR_S", 0.3)
+    budget = Budget(bound=Bound(100), max_tokens=10**6)
+    ran = Ran([*rows(50), "[[sleep=1]] slow"], base_url=server.base_url, budget=budget)
+    alone(ran.run())
+    assert ran.statuses == ["ok"] * 51
+    assert budget.idle
+    used = sum((each.prompt_tokens or 0) + (each.completion_tokens or 0) for each in ran.outcomes.values())
+    assert used < budget.spent.tokens <= used + budget.bound(body_of("[[sleep=1]] slow")).tokens
+
+
+def test_where_the_budget_has_no_room_for_a_second_attempt_the_first_is_waited_for(
+    server: SimulatedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timeouts, "FLOOR_S", 0.3)
+    slow = "[[sleep=1]] slow"
+    budget = Budget(bound=Bound(100), max_tokens=50 * 50 + int(1.5 * Bound(100)(body_of(slow)).tokens))
+    ran = Ran([*rows(50), slow], base_url=server.base_url, budget=budget)
+    alone(ran.run())
+    assert ran.statuses == ["ok"] * 51
+    assert budget.idle
+
+
+def test_what_was_set_aside_for_a_row_that_waits_for_its_turn_is_free_again_when_the_run_is_cancelled(
+    server: SimulatedServer,
+) -> None:
+    budget = Budget(bound=Bound(10), max_tokens=10**9)
+    ran = Ran(rows(5), Policy(Caps(rpm=1)), server.base_url, budget=budget)
+
+    async def main() -> None:
+        task = asyncio.create_task(ran.run())
+        await server.until(answered=1)
+        task.cancel()
+        await asyncio.wait({task})
+
+    alone(main())
+    assert budget.idle
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="signals")
 def test_what_an_endpoint_that_stands_still_has_taken_is_waited_for(
     server: SimulatedServer, monkeypatch: pytest.MonkeyPatch
@@ -636,7 +700,7 @@ def test_a_server_that_is_killed_and_comes_back_loses_no_row(server: SimulatedSe
 def test_an_outage_at_the_end_of_one_run_is_not_held_against_the_next(
     server: SimulatedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "FIRST_PATIENCE_S", 1.5)
+    monkeypatch.setattr(patience, "FIRST_PATIENCE_S", 1.5)
     server.reset(status_all=502)
 
     async def main() -> Ran:
@@ -653,7 +717,7 @@ def test_an_outage_at_the_end_of_one_run_is_not_held_against_the_next(
 def test_one_lost_connection_is_no_outage_while_slow_requests_are_at_work(
     server: SimulatedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "FIRST_PATIENCE_S", 0.2)
+    monkeypatch.setattr(patience, "FIRST_PATIENCE_S", 0.2)
     server.reset(latency_s=0.8)
 
     async def main() -> Ran:
@@ -668,7 +732,7 @@ def test_one_lost_connection_is_no_outage_while_slow_requests_are_at_work(
 def test_a_server_that_says_503_while_it_loads_is_waited_for(
     server: SimulatedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "FIRST_PATIENCE_S", 0.3)
+    monkeypatch.setattr(patience, "FIRST_PATIENCE_S", 0.3)
     server.reset(status_all=503, schedule=[(1.0, {"status_all": None})])
     assert ask(server, rows(20)).statuses == ["ok"] * 20
 
@@ -676,7 +740,7 @@ def test_a_server_that_says_503_while_it_loads_is_waited_for(
 def test_a_retry_after_is_waited_out_though_it_is_longer_than_patience(
     server: SimulatedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "FIRST_PATIENCE_S", 0.3)
+    monkeypatch.setattr(patience, "FIRST_PATIENCE_S", 0.3)
     server.reset(status_all=502, error_headers={"retry-after-ms": "1000"})
 
     async def main() -> Ran:
@@ -692,7 +756,7 @@ def test_a_retry_after_is_waited_out_though_it_is_longer_than_patience(
 def test_429s_without_end_end_the_run_in_the_endpoints_own_words(
     server: SimulatedServer, monkeypatch: pytest.MonkeyPatch, answered_before: int
 ) -> None:
-    monkeypatch.setattr(engine, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.3)
     texts = [*rows(answered_before), *(f"[[status=429]] {number}" for number in range(20))]
     ran = Ran(texts, Policy(Caps(max_concurrency=4)), server.base_url)
     with pytest.raises(EndpointError, match=r"refused every request for .* Rate limit reached"):
@@ -703,7 +767,7 @@ def test_429s_without_end_end_the_run_in_the_endpoints_own_words(
 def test_a_limit_that_lets_a_row_through_now_and_then_ends_no_run(
     server: SimulatedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.5)
     server.reset(requests_per_min=600, request_burst=1, retry_after="ms")
     assert ask(server, rows(12)).statuses == ["ok"] * 12
 
@@ -711,7 +775,7 @@ def test_a_limit_that_lets_a_row_through_now_and_then_ends_no_run(
 def test_429s_beside_a_slow_request_at_work_end_no_run(
     server: SimulatedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.1)
     refusing = [(0.05, {"status_all": 429}), (0.7, {"status_all": None})]
     server.reset(latency_s=0.8, retry_after="ms", retry_after_s=0.05, schedule=refusing)
     assert ask(server, ["slow", "[[fail_first=1]]"], Policy(max_attempts=50)).statuses == ["ok"] * 2

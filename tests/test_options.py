@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import llmframe
 from llmframe import accessor
 from llmframe.errors import ConfigurationError
-from llmframe.options import KEYWORDS, Options, _one_typo, call_options, configure, gather
+from llmframe.options import FRAME_ONLY, KEYWORDS, Options, _one_typo, call_options, configure, gather
 from llmframe.requests import OURS
 
 DEFAULTS = {
@@ -87,6 +87,11 @@ def test_the_docstring_tells_of_every_keyword_and_of_none_besides() -> None:
     assert sorted(named) == sorted(["prompt", *KEYWORDS, "**params"])
 
 
+def test_the_docstring_of_a_list_names_the_keywords_that_it_refuses() -> None:
+    documented = inspect.getdoc(llmframe.complete) or ""
+    assert [name for name in re.findall(r"``(\w+)``", documented) if name in KEYWORDS] == [*FRAME_ONLY]
+
+
 def test_options_have_a_field_for_every_keyword() -> None:
     assert [field.name for field in dataclasses.fields(Options)] == [*KEYWORDS, "params"]
 
@@ -125,7 +130,8 @@ def test_options_show_no_key() -> None:
         ("na", None, "na=None is not known"),
         ("na", ["skip"], "is not known"),
         ("on_error", "ignore", "on_error='ignore' is not known; it is one of 'column', 'raise'"),
-        ("api", "assistants", "api='assistants' is not known"),
+        ("api", "assistants", "api='assistants' is not known; it is one of 'chat', 'responses'$"),
+        ("api", np.array(["chat"]), "is not known"),
         ("details", 1, "details=1 is not known; it is one of True, False"),
         ("details", "yes", "details='yes' is not known"),
         ("refresh", None, "refresh=None is not known"),

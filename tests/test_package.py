@@ -19,6 +19,7 @@ import llmframe
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(llmframe.__file__).parent
 README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def imports_of(path: Path) -> set[str]:
@@ -87,6 +88,13 @@ def test_every_module_says_what_it_is_for_in_its_first_line() -> None:
         docstring = ast.get_docstring(ast.parse(path.read_text()))
         assert docstring, path.name
         assert docstring.splitlines()[0].endswith((".", ":")) or len(docstring.splitlines()) > 1, path.name
+
+
+def test_every_module_has_its_place_in_the_map_of_the_house() -> None:
+    if not (ROOT / "CONTRIBUTING.md").exists():
+        pytest.skip("the suite runs away from its clone")
+    named = set(re.findall(r"\b\w+\.py\b", (ROOT / "CONTRIBUTING.md").read_text().split("## The house")[1]))
+    assert {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"} <= named
 
 
 def public() -> dict[str, Any]:
@@ -164,9 +172,30 @@ def test_the_readmes_links_lead_somewhere(link: str) -> None:
     assert (ROOT / link).exists()
 
 
-def test_the_python_of_the_readme_is_python() -> None:
-    for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
-        ast.parse(block)
+@pytest.fixture
+def readmes_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names in an empty directory after the first call of the README, with nothing configured."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("llmframe.options._configured", {})
+    names: dict[str, Any] = {}
+    exec(PYTHON[0], names)
+    return names
+
+
+def test_the_first_call_of_the_readme_gives_what_it_shows(readmes_names: dict[str, Any]) -> None:
+    """The labels aside, which differ with the processor."""
+    out = readmes_names["out"]
+    head, _, *rows = re.findall(r"^\|.*\|$", README.split(PYTHON[0])[1].split("\n\n![")[0], flags=re.MULTILINE)
+    shown = [[cell.strip() for cell in row.strip("|").split("|")] for row in (head, *rows)]
+    assert out.columns.tolist() == shown[0]
+    for name in ("review", "sentiment_status", "sentiment_error", "sentiment_prompt_tokens"):
+        cells = ["" if pd.isna(cell) else str(cell) for cell in out[name]]
+        assert cells == [row[shown[0].index(name)] for row in shown[1:]], name
+
+
+@pytest.mark.parametrize("number", range(1, len(PYTHON)))
+def test_the_python_of_the_readme_runs(readmes_names: dict[str, Any], number: int) -> None:
+    exec(PYTHON[number], readmes_names)
 
 
 def test_every_kind_of_prompt_has_a_type_that_mypy_takes(tmp_path: Path) -> None:

@@ -264,7 +264,7 @@ def test_a_refusal_by_every_replica_is_the_endpoints_and_names_one_that_refused(
 
 
 def test_replicas_that_are_all_away_are_the_endpoints_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmframe.engine.FIRST_PATIENCE_S", 1.0)
+    monkeypatch.setattr("llmframe.patience.FIRST_PATIENCE_S", 1.0)
     nobody = [f"http://127.0.0.1:{port}/v1" for port in (1, 7, 9)]
     with pytest.raises(EndpointError, match=r"no answer from http://127\.0\.0\.1:1/v1/chat"):
         llmframe.LLMFrame(pd.DataFrame({"text": ["row"]})).complete("text", model="m", base_url=nobody, progress=False)

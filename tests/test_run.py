@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 
 import llmframe
-from llmframe import engine, failures, loops
+from llmframe import failures, loops, patience
 from llmframe.errors import BudgetExceeded, ConfigurationError, EndpointError, Interrupted, LLMFrameError, RowFailed
 from tests.server import SimulatedServer
 from tests.test_endpoint import LOCALHOST, tls_server
@@ -272,7 +272,7 @@ def test_an_awaited_call_without_asyncios_loop_says_what_to_write_in_trio() -> N
 def test_a_login_page_in_place_of_every_answer_is_an_endpoint_that_does_not_answer(
     ask: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "FIRST_PATIENCE_S", 0.5)
+    monkeypatch.setattr(patience, "FIRST_PATIENCE_S", 0.5)
     ask.server.reset(p_html=1.0)
     with pytest.raises(EndpointError, match=r"is not the JSON promised: .*Please log in"):
         ask(texts(100))
@@ -280,7 +280,7 @@ def test_a_login_page_in_place_of_every_answer_is_an_endpoint_that_does_not_answ
 
 
 def test_a_name_that_nobody_knows_ends_the_run_and_names_it(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "FIRST_PATIENCE_S", 0.5)
+    monkeypatch.setattr(patience, "FIRST_PATIENCE_S", 0.5)
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)

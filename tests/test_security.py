@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import llmframe
-from llmframe import engine
+from llmframe import patience
 from llmframe.call import plan_call, warn_of_open_line
 from llmframe.checkpoint import Checkpoint
 from llmframe.cli import main
@@ -79,7 +79,7 @@ def test_the_key_is_in_nothing_that_a_run_writes_shows_or_raises(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setattr(engine, "FIRST_PATIENCE_S", 1.0)
+    monkeypatch.setattr(patience, "FIRST_PATIENCE_S", 1.0)
     given = ways(server)[way]
     told: list[str] = []
     rows = pd.DataFrame({"text": ["a", "[[echo_headers]][[status=400]]", "[[status=400]]", "[[content=null]]"]})
