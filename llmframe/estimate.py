@@ -23,7 +23,7 @@ from llmframe.checkpoint import Checkpoint
 from llmframe.errors import ConfigurationError
 from llmframe.options import Options, answers_asked, check_count
 from llmframe.planning import Plan
-from llmframe.prepared import ready, recall
+from llmframe.prepared import ready, take
 from llmframe.prices import PriceOf
 from llmframe.prompts import Missing, Prompts
 from llmframe.results import Completion, Usage
@@ -179,9 +179,11 @@ class _Look:
 def _look(prompts: Prompts, options: Options, enough: int) -> _Look:
     call = plan_call(prompts, options if options.client is not None else _keyless(options))
     assert options.model is not None
-    prepared = ready(prompts, options, call, _checkpoint(options))
-    recall(prepared)
-    outcomes = prepared.state.outcomes
+    state = ready(prompts, options, call, None).state
+    held = None if options.checkpoint is None or options.refresh else Checkpoint.look(options.checkpoint)
+    if held is not None:
+        take(state, held)
+    outcomes = state.outcomes
     asked = outcomes.pending().tolist()
     unkept = {*asked, *call.plan.unreadable}
     kept = {number: outcomes[number] for number in range(len(outcomes)) if number not in unkept}
@@ -215,11 +217,6 @@ def _keyless(options: Options) -> Options:
     """Let a call be estimated before its owner has a key: none is sent anywhere."""
     given = options.api_key is not None or os.environ.get("OPENAI_API_KEY") or options.model == LOCAL
     return options if given else replace(options, api_key="none is needed to estimate")
-
-
-def _checkpoint(options: Options) -> Checkpoint | None:
-    """Give the checkpoint that spares the call requests."""
-    return None if options.checkpoint is None or options.refresh else Checkpoint.look(options.checkpoint)
 
 
 def _count(prompts: Prompts, plan: Plan, counter: Counter, *, embedding: bool) -> list[int]:

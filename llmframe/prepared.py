@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from llmframe.asking import Accepted
 from llmframe.budget import Budget
@@ -30,6 +31,18 @@ from llmframe.state import State
 from llmframe.vectors import Embeddings
 
 WORTH_SAVING = 200  # rows; a run of more without a checkpoint says what one would save
+
+
+class Held(Protocol):
+    """Answers by key: a checkpoint that is open for a run, or one that is only looked at."""
+
+    def find(self, keys: npt.NDArray[np.void]) -> Iterator[tuple[int, Completion]]:
+        """Yield the answers to some of these keys, each with the place of its key."""
+        ...
+
+    def tables(self, keys: npt.NDArray[np.void]) -> Iterator[tuple[npt.NDArray[np.intp], pa.Table]]:
+        """Yield the same, many rows at a time and laid out as `parts.COLUMNS`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +91,21 @@ def recall(prepared: Prepared, numbers: npt.NDArray[np.intp] | None = None) -> i
     state, checkpoint = prepared.state, prepared.checkpoint
     if checkpoint is None:
         return 0
-    keys = state.plan.keys if numbers is None else state.plan.keys[numbers]
     if state.options.refresh:
-        checkpoint.supersede(keys)
+        checkpoint.supersede(state.plan.keys if numbers is None else state.plan.keys[numbers])
         return 0
+    return take(state, checkpoint, numbers)
+
+
+def take(state: State, held: Held, numbers: npt.NDArray[np.intp] | None = None) -> int:
+    """Take what is held for these requests, or for all, as their outcomes; how many of them it answers."""
+    keys = state.plan.keys if numbers is None else state.plan.keys[numbers]
     if numbers is None:
         numbers = np.arange(len(keys))
     shared = rows_of(state.plan)
     found = 0
     if state.options.embeds:
-        for places, vectors in kept_vectors(checkpoint, keys, state.outcomes.dimensions):
+        for places, vectors in kept_vectors(held, keys, state.outcomes.dimensions):
             theirs = numbers[places]
             state.outcomes.put_embeddings(theirs, vectors, "checkpoint")
             state.rows_done += int(shared[theirs].sum())
@@ -95,7 +113,7 @@ def recall(prepared: Prepared, numbers: npt.NDArray[np.intp] | None = None) -> i
         return found
     # A refusal is kept as what it is, until a call asks for what has no answer; a mask is no text to compare with.
     refusals = not isinstance(state.options.where, str)
-    for place, completion in kept_answers(checkpoint, keys, state.schema, refusals=refusals):
+    for place, completion in kept_answers(held, keys, state.schema, refusals=refusals):
         number = int(numbers[place])
         state.outcomes.put(number, completion)
         state.rows_done += int(shared[number])
@@ -104,13 +122,13 @@ def recall(prepared: Prepared, numbers: npt.NDArray[np.intp] | None = None) -> i
 
 
 def kept_answers(
-    checkpoint: Checkpoint, keys: npt.NDArray[np.void], schema: Schema | None, *, refusals: bool = True
+    held: Held, keys: npt.NDArray[np.void], schema: Schema | None, *, refusals: bool = True
 ) -> Iterator[tuple[int, Completion]]:
     """Yield what a checkpoint gives to a call, each answer with the place of its key; all else is to be asked.
 
     Parameters
     ----------
-    checkpoint : Checkpoint
+    held : Held
         Where to look.
     keys : array of void
         Of the call's requests.
@@ -119,20 +137,20 @@ def kept_answers(
     refusals : bool
         Whether an outcome that has no answer is given as what it is.
     """
-    for place, completion in checkpoint.find(keys):
+    for place, completion in held.find(keys):
         kept = reread(completion, schema)
         if kept is not None and (refusals or kept.text is not None or kept.status == "ok"):
             yield place, kept
 
 
 def kept_vectors(
-    checkpoint: Checkpoint, keys: npt.NDArray[np.void], dimensions: int | None = None
+    held: Held, keys: npt.NDArray[np.void], dimensions: int | None = None
 ) -> Iterator[tuple[npt.NDArray[np.intp], Embeddings]]:
     """Yield what a checkpoint gives to an embedding, many at a time with the places of their keys; see `kept_answers`.
 
     All are of one length, that of the first where no `dimensions` are given: a call's vectors have no other.
     """
-    for places, table in checkpoint.tables(keys):
+    for places, table in held.tables(keys):
         read = embeddings(table)
         if read is not None and dimensions in (None, read[1].vectors.shape[1]):
             dimensions = read[1].vectors.shape[1]
