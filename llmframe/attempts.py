@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass
 
 from llmframe.budget import Cost
+from llmframe.failures import Failure
 from llmframe.requests import Form
 from llmframe.results import Completion
 
@@ -32,6 +33,8 @@ class Job:
         Answers that did not fit and were asked again.
     unfit : Completion or None
         The last of them, with what all of them cost.
+    failure : Failure or None
+        What it fails with, unless an attempt that is still open is answered.
     url : str
         Who replied last, where the endpoint has several URLs.
     over : bool
@@ -51,6 +54,7 @@ class Job:
     form: Form = "json_schema"
     repairs: int = 0
     unfit: Completion | None = None
+    failure: Failure | None = None
     url: str = ""
     over: bool = False
 

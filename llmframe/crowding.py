@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections import deque
 
-LATELY = 32  # attempts that are the present
-SPELL = 128  # and these, since answers and failures come in bunches
-OFTEN = 0.4  # of the attempts fail: eight failures of one row would be no wonder
-LET_IN = 2  # answers to what was sent after a failure
-MORE = 1.4  # times as many beside those that failed, on average
+LATELY = 32  # how many last attempts are the present
+SPELL = (
+    128  # how many last attempts are a spell: answers and failures come in bunches, so the present alone may mislead
+)
+MOSTLY = 0.5  # share of the last attempts above which most fail
+OFTEN = 0.4  # share of a spell's attempts above which failures are common: eight in one row would be no wonder
+LET_IN = 2  # answers, to what was sent after a failure, that tell a server that lets some in from one that is down
+MORE = 1.4  # how many times as many others are in flight beside those that fail, on average, where a server is full
 
 
 class _Last:
@@ -79,12 +82,12 @@ class Crowding:
     @property
     def often_fails(self) -> bool:
         """Whether failures are so common that a row may meet many of them."""
-        return self._lately.failed(0.5) or self._spell.failed(OFTEN)
+        return self._lately.failed(MOSTLY) or self._spell.failed(OFTEN)
 
     @property
     def full(self) -> bool:
         """Whether most fail for want of room: with less in flight more would be answered."""
-        return self._lately.failed(0.5) and self._lets_in(SPELL) and self._spell.failed_beside_more
+        return self._lately.failed(MOSTLY) and self._lets_in(SPELL) and self._spell.failed_beside_more
 
     @property
     def by_chance(self) -> bool:

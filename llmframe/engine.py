@@ -32,7 +32,7 @@ from llmframe.patience import NOT_THERE, Patience
 from llmframe.replies import read_json
 from llmframe.requests import Form, text_bytes
 from llmframe.results import Completion, after
-from llmframe.timeouts import DOUBT_S, Timeout
+from llmframe.timeouts import DOUBT_S, MOST_TRIALS, Timeout
 from llmframe.transports import Lost, ReplicaDown, Reply, Wrote
 
 AHEAD = 2  # requests beyond the window that are made and wait: by them the pacer sees that more is wanted
@@ -251,7 +251,7 @@ class Crew:
                 self._hire()
                 most = None
                 if self._budget is not None and (most := await self._afford(self._budget, job)) is None:
-                    continue  # it was divided, or the run is over
+                    continue
                 try:
                     started = await self._line.enter(job.tokens)
                 except BaseException:  # it is not sent; and the budget may be that of other runs too
@@ -284,9 +284,9 @@ class Crew:
     # -- the budget
 
     async def _afford(self, budget: Budget, job: Job) -> Cost | None:
-        """Set aside the most that an attempt can cost; None where it does not fit, and is divided, or the run ends."""
+        """Set aside the most that an attempt can cost; None where there will be none, or the run ends."""
         most = budget.bound(job.body)
-        while not budget.fits(most):
+        while not job.over and not budget.fits(most):
             if budget.idle and self._divide(job, None):
                 return None
             if budget.idle:
@@ -295,6 +295,8 @@ class Crew:
             change: asyncio.Future[None] = self._loop.create_future()
             budget.when_settled(partial(_wake, change))
             await change  # what is in flight costs less than its worst case, as a rule
+        if job.over:
+            return None
         budget.set_aside(most)
         return most
 
@@ -347,6 +349,8 @@ class Crew:
         job.going -= 1
         if attempt.moot or (attempt.doubted and isinstance(outcome, Failure) and outcome.verdict == "retry"):
             self._heard_late(attempt, reply, outcome, now)
+            if job.failure is not None and not job.over:
+                self._end(job, job.failure)
         elif isinstance(outcome, Failure):
             await self._failed(attempt, reply, outcome, now)
         else:
@@ -434,8 +438,12 @@ class Crew:
         assert self._ask_again is not None
         job.body, job.form = body, self._ask_again.form
         job.tokens = _tokens_of(body)
-        job.going += 1
-        self._due.append(job)
+        flying = self._attempts_of(job)
+        for attempt in flying:
+            attempt.give_up(self._loop.time())
+        if job.going == len(flying):  # else one that waits for its turn sends it
+            job.going += 1
+            self._due.append(job)
         self._hire()
 
     async def _failed(self, attempt: Attempt, reply: Reply | None, failure: Failure, now: float) -> None:
@@ -508,15 +516,18 @@ class Crew:
         elif failure.kind == "rate limit" and (words := self._patience.refused(failure, now, self._oldest)):
             self._stop_at(job, words)
             return None
+        if job.failure is not None:
+            self._end(job, job.failure)
+            return None
         job.strikes += self._is_strike(job, failure)
         last = failure.verdict == "row" or job.strikes >= self._policy.max_attempts
         suspect = job.strikes >= STRIKES_TOGETHER and failure.kind != "rate limit"
         # While the endpoint looks down nothing is a strike: it may be one bad row in every request that looks like it.
         suspect |= failure.http == 500 and self._line.pacer.down_since is not None
-        if (last or suspect) and self._divide(job, failure):
-            return None
         if last:
-            self._give_up(job, failure)
+            self._end(job, failure)
+            return None
+        if suspect and not job.going and self._divide(job, failure):
             return None
         if asked_s is not None and (words := self._patience.asked(failure, asked_s)):
             self._stop_at(job, words)
@@ -549,9 +560,7 @@ class Crew:
         cleared = [each for each in self._denied if each.at < sent]
         self._denied = [each for each in self._denied if each.at >= sent]
         for each in cleared:
-            failure = replace(each.failure, verdict="row")
-            if not self._divide(each.job, failure):
-                self._give_up(each.job, failure)
+            self._end(each.job, replace(each.failure, verdict="row"))
 
     def _is_strike(self, job: Job, failure: Failure) -> bool:
         """Whether a failure may be the row's own, and not the endpoint's or its other users'."""
@@ -590,6 +599,12 @@ class Crew:
             self._due.appendleft(made)
         self._hire()
         return True
+
+    def _end(self, job: Job, failure: Failure) -> None:
+        """Fail a row, or ask its parts, unless it has an attempt that may yet be answered."""
+        job.failure = failure
+        if not job.going and not self._divide(job, failure):
+            self._give_up(job, failure)
 
     def _give_up(self, job: Job, failure: Failure) -> None:
         if job.unfit is not None:  # paid for, though nothing better came of asking again
@@ -650,11 +665,14 @@ class Crew:
         for attempt in late:
             if attempt.doubted and now - attempt.started > least_s + DOUBT_S:
                 attempt.give_up(now)
-        late = [each for each in late if not (each.doubted or each.given_up) and self._is_overdue(each, now)]
+        late = [each for each in late if self._is_overdue(each, now)]
         trials = len(self._on_trial - {attempt.job for attempt in late})
         silent = now - self._heard_at > least_s / 2
         for attempt in late:
             job, waited_s = attempt.job, now - attempt.started
+            most = self._budget and self._budget.bound(job.body)
+            if self._budget and most and not self._budget.fits(most):
+                trials = MOST_TRIALS  # what nothing can be sent in place of is waited for
             if self._timeout.gives_up(waited_s, failures=job.timeouts, trials=trials, silent=silent):
                 trials += 1
                 self._on_trial.add(job)
@@ -662,6 +680,9 @@ class Crew:
                     attempt.give_up(now)
 
     def _is_overdue(self, attempt: Attempt, now: float) -> bool:
+        """Whether an attempt takes longer than it should, and nothing came of that yet."""
+        if attempt.doubted or attempt.given_up or attempt.moot:
+            return False
         return now - attempt.started > self._timeout.seconds(attempt.job.timeouts)
 
     def _ask_beside(self, attempt: Attempt) -> bool:
@@ -692,9 +713,13 @@ class Crew:
             return
         if (timer := self._later.pop(job, None)) is not None:
             timer.cancel()
-        for attempt in self._flying:
-            if attempt.job is job and not attempt.doubted:
+        for attempt in self._attempts_of(job):
+            if not attempt.doubted:
                 attempt.give_up(self._loop.time())
+
+    def _attempts_of(self, job: Job) -> list[Attempt]:
+        """Give a row's attempts in flight."""
+        return [attempt for attempt in self._flying if attempt.job is job] if job.going else []
 
     def _check_patience(self, now: float) -> None:
         """Stop when the endpoint has been out of reach, or down, for too long."""

@@ -9,7 +9,6 @@ import asyncio
 import math
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import replace
 
 from llmframe.collecting import collect_young
 from llmframe.endpoint import Endpoint
@@ -46,8 +45,7 @@ class Line:
     def __init__(self, endpoint: Endpoint, caps: Caps) -> None:
         self._loop = asyncio.get_running_loop()
         self.transport: Transport = endpoint.open()
-        most = self.transport.most if caps.max_concurrency is None else min(caps.max_concurrency, self.transport.most)
-        self.pacer = Pacer(replace(caps, max_concurrency=most), self._loop.time())
+        self.pacer = Pacer(caps, self._loop.time(), connections=self.transport.most)
         if isinstance(self.transport, ReplicaTransport):
             self.transport.note = lambda words: self.pacer.note(self._loop.time(), words)
         self.answered = False

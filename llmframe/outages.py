@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 SUSPECT = 3  # failures in a row after which sending waits for a sign of life
 DOWN = 8  # failures in a row that are an outage
-DOWN_ALONE = 5  # and fewer where nothing else is in flight that could tell
-PROBE_S = 0.75  # between probes: full speed is back within a second
-LATER_S, PROBE_LATER_S = 60.0, 2.0  # a longer outage is probed less
-PROBE_LOST_S = 5.0  # a probe that is out for so long is no reason not to send another
+DOWN_ALONE = 5  # failures in a row that are one where nothing else is in flight that could tell
+TIMELY = 0.5  # share of a usual latency: a failure that took as long is no fast rejection that overtook answers
+MOST = 0.5  # share of what was sent since the first failure that must have failed, where all failures are fast ones
+PROBE_S = 0.75  # seconds between probes: full speed is back within a second
+LATER_S, PROBE_LATER_S = 60.0, 2.0  # how long an outage lasts before it is probed less, and the seconds between then
+PROBE_LOST_S = 5.0  # how long a probe may be out before another is sent beside it
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class Outage:
     """Failures without a sign of life between them.
 
     Failures that come sooner than answers do overtake these, so there are two ways to count: in a row as they came
-    back, if one of them took as long as an answer; else only if half of what was sent since has failed.
+    back, if one of them took about as long as an answer; else only if half of what was sent since has failed.
     """
 
     def __init__(self) -> None:
@@ -101,9 +103,9 @@ class Outage:
         self._failures += 1
         if not (loss.timed_out and self._answered_at >= loss.sent):  # a lone one that hangs says nothing
             self._in_a_row += 1
-            self._timely |= loss.usual_s is not None and now - loss.sent >= 0.5 * loss.usual_s
-        half = self._failures >= 0.5 * (loss.sent_all - self._sent_before)
-        failures = max(self._in_a_row if self._timely else 0, self._failures if half else 0)
+            self._timely |= loss.usual_s is not None and now - loss.sent >= TIMELY * loss.usual_s
+        most = self._failures >= MOST * (loss.sent_all - self._sent_before)
+        failures = max(self._in_a_row if self._timely else 0, self._failures if most else 0)
         self.suspected = failures >= SUSPECT
         if failures < (DOWN if loss.in_flight else DOWN_ALONE):
             return False

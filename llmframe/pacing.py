@@ -17,19 +17,23 @@ from dataclasses import dataclass
 
 from llmframe.limits import RateHeaders
 from llmframe.outages import Loss, Outage
-from llmframe.rates import MARGIN_S, Allowance, History, Share, request_caps, token_caps
+from llmframe.rates import MARGIN_S, MINUTE_S, Allowance, History, Share, request_caps, token_caps
 from llmframe.refusals import Refusal, Refusals
 from llmframe.window import CEILING, START_AT_ONCE, START_GAP_S, Window
 
 __all__ = ["Caps", "Moment", "Pacer"]
 
-BUSY_LAG_S = 0.02  # an event loop that late is out of CPU
-LAG_FADES = 0.7  # of the lag is remembered from one tick to the next
-RATIO_FADES = 0.98  # of the tokens used and reserved is remembered from one answer to the next
-LOOKS_S = (0.2, 1.0, 5.0)  # headers that are older than that say little of what was sent since
-MOMENT_S = 1.0  # between entries of the timeline without a decision, at most
-MOMENT_PART = 0.1  # of the time since work began is between them until then: the course of a short run has a shape too
-MOMENTS = 4000  # entries of the timeline before it is thinned
+BUSY_LAG_S = 0.02  # lateness of the event loop above which this machine is out of CPU
+LAG_FADES = 0.7  # share of the lag that is remembered from one tick to the next
+RATIO_FADES = 0.98  # share of the tokens used and reserved that is remembered from one answer to the next
+NEARLY_EMPTY = 2.0  # requests of its size: a refusal is explained by headers that leave fewer tokens than these take
+SPACING_S = 1.0  # a shorter wait after a 429 only spaces requests, so the rate limits and not `retry-after`
+LOOKS_S = (0.2, 1.0, 5.0)  # how long ago a bucket was full at best: what was sent since bounds what old headers tell
+STALE = 2.0  # how many times older than such a moment the headers must be for it to count
+MOMENT_S = 1.0  # seconds between entries of the timeline without a decision, at most
+MOMENT_PART = 0.1  # of the time since work began is between them at first, so that a short run's course has a shape too
+MOMENTS = 4000  # entries of the timeline at which it is thinned
+SHORTEST_S = 1e-3  # the least time that an entry's answers a second are counted over
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +106,14 @@ class Pacer:
         Never passed.
     now : float
         The time, in seconds, on the clock that every later call uses.
+    connections : int
+        Requests that can be sent at one time, whatever the caps: each takes a connection of its own.
     """
 
-    def __init__(self, caps: Caps, now: float) -> None:
+    def __init__(self, caps: Caps, now: float, *, connections: int = CEILING) -> None:
         self._began = now
         self._capped = caps.max_concurrency or math.inf
+        self._connections = min(connections, CEILING)
         self._share = caps.share or Share()
         self._ticketed = caps.ticketed
         self._request_caps = request_caps(caps.rpm)
@@ -114,7 +121,7 @@ class Pacer:
         self._requests = Allowance(now)
         self._tokens = Allowance(now)
         self._refusals = Refusals(now)
-        self._window = Window(min(caps.max_concurrency or CEILING, CEILING), now)
+        self._window = Window(int(min(self._capped, self._connections)), now)
         self._outage = Outage()
         self._history = History()
         self._in_flight = 0
@@ -123,7 +130,7 @@ class Pacer:
         self._ratio = 1.0  # tokens used for each one reserved
         self._used = self._reserved = 0.0  # of late
         self._excess = 0.0  # tokens used beyond those counted; what was counted too much is remembered
-        self._credit = (caps.tpm or 0.0) / 60.0  # up to a second's worth
+        self._credit = (caps.tpm or 0.0) / MINUTE_S  # up to a second's worth
         self._lag_s = 0.0
         self._wanted = False  # more would be sent if the window were wider
         self._limit = self._last_limit = ""
@@ -159,8 +166,14 @@ class Pacer:
     def limited_by(self) -> str:
         """What keeps more from being sent.
 
-        ``requests/min``, ``tokens/min``, ``retry-after``, ``max_concurrency``, ``server``, ``this machine``,
-        ``outage``, or empty where nothing does.
+        - ``requests/min``, ``tokens/min``: a rate, of the user's cap or of the endpoint's limit
+        - ``retry-after``: the endpoint answered 429, and is left alone for as long as it asked, or for some seconds
+        - ``max_concurrency``: the user's cap on what is in flight, or this process's share of it
+        - ``connections``: this process may open no more (its open files, or the pool of the user's client)
+        - ``server``: more in flight would wait there, and make nothing faster
+        - ``this machine``: it is out of CPU
+        - ``outage``: the endpoint is down
+        - empty: nothing does
         """
         return self._limit or self._last_limit
 
@@ -222,8 +235,7 @@ class Pacer:
         in_flight = self._in_flight
         if in_flight >= min(int(self._window.size), self._share.seats) or (in_flight and self._outage.suspected):
             self._wanted = True
-            capped = in_flight >= min(self._capped, self._share.seats)
-            self._limit = "max_concurrency" if capped else "this machine" if self._busy else "server"
+            self._limit = self._most_in_flight_by()
             return math.inf
         wait_s, limit = 0.0, ""
         if self._starting and in_flight >= START_AT_ONCE and self._first_sent is not None:
@@ -242,10 +254,18 @@ class Pacer:
         if (one_s := self._tokens.wait_s(now, amount)) > wait_s:
             wait_s, limit = one_s, "tokens/min"
         if (one_s := self._refusals.wait_s(now)) > wait_s:
-            wait_s, limit = one_s, "requests/min" if one_s < 1.0 else "retry-after"
+            wait_s, limit = one_s, "requests/min" if one_s < SPACING_S else "retry-after"
         if limit:
             self._wanted, self._limit = False, limit
         return max(0.0, wait_s)
+
+    def _most_in_flight_by(self) -> str:
+        """Say who keeps more from being in flight: a cap of the user's comes before what would bind anyway."""
+        if self._in_flight >= min(self._capped, self._share.seats):
+            return "max_concurrency"
+        if self._in_flight >= self._connections:
+            return "connections"
+        return "this machine" if self._busy else "server"
 
     def sent(self, now: float, tokens: int, *, written: bool = True) -> None:
         """Count a request that is being sent; where it is not `written` yet, `wrote` has to be called once it is."""
@@ -332,9 +352,10 @@ class Pacer:
             self._window.stop_start(self._in_flight)
         self._alive(now, sent)
         self._window.lost(sent)
+        few_tokens = NEARLY_EMPTY * reserved * self._ratio
         explained = headers is not None and (
             (headers.remaining_requests is not None and headers.remaining_requests < 1)
-            or (headers.remaining_tokens is not None and headers.remaining_tokens < 2 * reserved * self._ratio)
+            or (headers.remaining_tokens is not None and headers.remaining_tokens < few_tokens)
         )
         refusal = Refusal(
             sent=sent,
@@ -409,7 +430,8 @@ class Pacer:
     def _read(self, now: float, headers: RateHeaders, age_s: float) -> None:
         """Learn from the headers of a request sent so long ago."""
         history, late_s = self._history, MARGIN_S + self._lag_s
-        sums = [(age, history.by(now - age)) for age in (late_s, age_s, *(age for age in LOOKS_S if age < age_s / 2))]
+        ages = (late_s, age_s, *(age for age in LOOKS_S if age < age_s / STALE))
+        sums = [(age, history.by(now - age)) for age in ages]
         at = max(now, self._refusals.hold_until)  # an endpoint that asks to stay away may refill only then
         peers = self._share.peers  # each takes its part of what the headers tell them all
         self._requests.learn(
@@ -436,7 +458,7 @@ class Pacer:
             time_s=now - self._began,
             in_flight=self._in_flight,
             window=self.window,
-            rate=came / max(1e-3, now - then),
+            rate=came / max(SHORTEST_S, now - then),
             refused=int(self._history.refused),
             latency_s=(self._latencies_s - latencies_s) / came if came else math.nan,
             decision=decision,

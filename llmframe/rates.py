@@ -10,16 +10,34 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 
-STRETCH = 1.02  # a capped second is counted 2 % longer: the network may deliver 20 ms closer together than we sent
-MARGIN_S = 0.05  # of a told rate are left in the endpoint's bucket: headers are that stale
 MINUTE_S, HOUR_S, DAY_S = 60.0, 3600.0, 86_400.0
-SECOND_S = 1.05  # no reset of a limit by the second is longer, with what the network adds
-SOONER = 10.0  # times as fast as a minute's limit fills: some round, and answers overtake one another
+ROUNDING = 1e-9  # difference of two amounts that are the same: sums of floats are rounded
+ROUNDING_S = 1e-6  # the same for times: when a request was sent is told by its latency, which is rounded
+
+# What the user caps.
+STRETCH = (
+    1.02  # times its length that a capped second is counted: the network may deliver 20 ms closer together than we sent
+)
+TENTHS = 10  # parts of a second over which a second's share of the requests is spread
+TICKET_S = 0.5  # after which an unused ticket is void: less than the 1.2 s by which a capped minute is counted longer
+TICKET_TOKENS = 1e-6  # tokens that a ticket may lack: sums of floats are rounded
+
+# What headers tell.
+MARGIN_S = 0.05  # seconds' worth of refill that is left in the endpoint's bucket: headers are stale by about that
+MARGIN_SHARE = 0.25  # share of the bucket that is left in it at most, however much refills in that time
+RESET_SLACK_S = 1.0  # by how much a reset may exceed a limit's period; one that is longer tells of a longer period
+SILENT = 12  # answers in a row without a word of a limit that others told, after which it is there no more
+EMPTIED, FULL_AGAIN = 0.25, 0.75  # shares of a bucket between which it is timed how fast it fills
+SOONER = 10.0  # times as fast as by the minute it must fill: some endpoints round, and answers overtake one another
+SECOND_S = 1.05  # the longest reset of a limit by the second, with what the network adds
+SEEN = 0.5  # share of the limit that must have been left at some time before it can be one by the second
+
+# What was sent.
 HISTORY_STEP_S = 0.005  # how finely it is known what was sent when
-HISTORY = 100_000  # steps kept
-SILENT = 12  # answers in a row without a word of a limit that others told: it is there no more
-TICKET_S = 0.5  # a ticket not used by then is void: less than the 2 % by which a capped minute is counted longer
-FEW = 16  # requests are too few to tell a speed
+HISTORY = 100_000  # steps that are kept
+SPEED_S = 0.5  # how far back the speed is measured
+FEW = 16  # requests that are too few to tell a speed: it is measured over a longer time then
+SHORTEST_S = 0.05  # the least time over which it is measured
 
 
 class Cap:
@@ -47,14 +65,14 @@ class Cap:
         while entries and entries[0][0] + self._span_s <= now:
             self._total -= entries.popleft()[1]
         excess = self._total + amount - self._most
-        if excess <= 1e-9 or not (entries or self._held):
+        if excess <= ROUNDING or not (entries or self._held):
             return 0.0
         for then, entry in entries:
             excess -= entry
-            if excess <= 1e-9:
-                return max(then + self._span_s - now, 1e-6)
+            if excess <= ROUNDING:
+                return max(then + self._span_s - now, ROUNDING_S)
         # What is not on the wire yet ends at a time nobody knows; an amount beyond the cap waits for all others.
-        return math.inf if self._held else max(entries[-1][0] + self._span_s - now, 1e-6)
+        return math.inf if self._held else max(entries[-1][0] + self._span_s - now, ROUNDING_S)
 
     def take(self, now: float, amount: float) -> None:
         """Count what is on the wire, besides what is held."""
@@ -88,7 +106,7 @@ def request_caps(rpm: float | None) -> list[Cap]:
         return [Cap(1, MINUTE_S / rpm)]
     a_second = math.ceil(rpm / MINUTE_S)
     # A second's share that comes at once would fill the network's queues, and arrive as closely as it pleases these.
-    return [Cap(math.floor(rpm), MINUTE_S), Cap(a_second, 1.0), Cap(math.ceil(a_second / 10), 0.1)]
+    return [Cap(math.floor(rpm), MINUTE_S), Cap(a_second, 1.0), Cap(math.ceil(a_second / TENTHS), 1 / TENTHS)]
 
 
 def token_caps(tpm: float | None) -> list[Cap]:
@@ -134,7 +152,7 @@ class Share:
 
     def wait_s(self, now: float, tokens: float) -> float:
         """Say whether there is a ticket: 0, or infinity until some are given."""
-        there = now < self._until and self._requests >= 1.0 and self._tokens >= tokens - 1e-6
+        there = now < self._until and self._requests >= 1.0 and self._tokens >= tokens - TICKET_TOKENS
         return 0.0 if there else math.inf
 
     def take(self, tokens: float) -> None:
@@ -168,9 +186,9 @@ class Allowance:
         if not self.known:
             return 0.0
         self._refill(now)
-        margin = min(MARGIN_S * self.rate, 0.25 * self._room)
+        margin = min(MARGIN_S * self.rate, MARGIN_SHARE * self._room)
         missing = min(amount + margin, self._room) - self._level
-        return missing / self.rate if missing > 1e-9 else 0.0
+        return missing / self.rate if missing > ROUNDING else 0.0
 
     def take(self, now: float, amount: float) -> None:
         """Count what is sent."""
@@ -213,8 +231,8 @@ class Allowance:
             self._longest_s, self._by_second = 0.0, False
         self._room = max(self._room, remaining)
         period_s = 1.0 if self._is_by_second(now, remaining, reset_s) else MINUTE_S
-        if reset_s is not None and reset_s > MINUTE_S + 1:  # it takes longer to fill: a limit an hour or a day
-            period_s = HOUR_S if reset_s <= HOUR_S + 1 else DAY_S
+        if reset_s is not None and reset_s > MINUTE_S + RESET_SLACK_S:  # a limit an hour or a day: it fills more slowly
+            period_s = HOUR_S if reset_s <= HOUR_S + RESET_SLACK_S else DAY_S
         self.rate = limit / period_s
         self._refill(now)
         gone = [amount - self.rate * age_s for amount, age_s in sent]
@@ -232,13 +250,13 @@ class Allowance:
         window has one at its end.
         """
         self._longest_s = max(self._longest_s, reset_s or 0.0)
-        if remaining <= 0.25 * self._room:
+        if remaining <= EMPTIED * self._room:
             self._emptied_at = now
-        elif remaining >= 0.75 * self._room and self._emptied_at is not None:
+        elif remaining >= FULL_AGAIN * self._room and self._emptied_at is not None:
             by_minute = (now - self._emptied_at) * self._limit / MINUTE_S
-            self._by_second |= reset_s is not None and 0.5 * self._room > SOONER * by_minute
+            self._by_second |= reset_s is not None and (FULL_AGAIN - EMPTIED) * self._room > SOONER * by_minute
             self._emptied_at = None
-        return self._by_second and self._longest_s <= SECOND_S and self._room > 0.5 * self._limit
+        return self._by_second and self._longest_s <= SECOND_S and self._room > SEEN * self._limit
 
     def untold(self) -> None:
         """Note an answer that told nothing; what nobody tells of for a while is forgotten."""
@@ -272,15 +290,15 @@ class History:
 
     def by(self, time_s: float) -> tuple[float, float, float]:
         """Give requests and tokens sent, and requests refused, before what was sent then."""
-        index = bisect_right(self._times, time_s + 1e-6) - 1
+        index = bisect_right(self._times, time_s + ROUNDING_S) - 1
         return self._sums[index] if index >= 0 else (0.0, 0.0, 0.0)
 
     def speed(self, now: float) -> float:
-        """Give requests accepted a second: of the last half second, or of longer where those are few."""
+        """Give requests accepted a second: of the last `SPEED_S`, or of longer where those are few."""
         if not self._times:
             return 0.0
-        begun_s = max(0.05, now - self._times[0])
-        span_s = min(0.5, begun_s)
+        begun_s = max(SHORTEST_S, now - self._times[0])
+        span_s = min(SPEED_S, begun_s)
         while True:
             sent, _, refused = self.by(now - span_s)
             accepted = self.requests - sent - (self.refused - refused)

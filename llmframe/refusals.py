@@ -8,20 +8,43 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-EVIDENCE = 5  # accepted requests that make a rate
-RICH_EVIDENCE = 30  # and so many make one that needs no older ones
-BACK_OFF = 0.95  # of the rate found
-RECOVER_S = 5.0  # until the rate found is reached again, and then passed, slowly at first
-PROBING = 0.1  # of the rate more when twice that time has gone by, and then with its third power
-DISPROVED = 2.25  # times that time: what a bucket may have kept at first is used up, so the rate is another one
-FASTER_S = 1.0  # and is sought by doubling
-CATCH_UP = 1.5  # times the rate, for what was held back
-KEPT = 0.8  # of that is trusted to be there
-GUESS = 0.5  # of the speed at which the first refusal came
-HOLD_S, LONGEST_HOLD_S = 0.025, 10.0  # without Retry-After: doubled at each refusal with nothing let in since the last
-SOON_S = 0.5  # refused within that time after a decision: it was about the same thing
-RAMP_S, RAMP = 0.15, 5  # a guessed rate is reached by so many doublings, each so long
-DOUBLE_S = 3.0  # and doubled so often after that, until a refusal shows the rate
+MOST_DOUBLINGS = 20.0  # of a speed or a wait: a million times is as good as endless, and more powers would be no float
+
+# How a rate is measured: by what was accepted from one refusal to a later one, and the time between them.
+EVIDENCE = 5  # accepted requests that are enough to measure a rate
+RICH_EVIDENCE = 30  # accepted requests that are enough to measure the rate without any before them
+SHORTEST_S = 0.01  # the least time over which a rate is measured
+# Where fewer were accepted in that time than SLOWER of what the speed just before the refusal gives, sending was slower
+# before, and the bucket ran over unseen. The rate is then at least AT_LEAST of that speed. The other two numbers are
+# for a rate that was measured before, with nothing to catch up.
+SLOWER, AT_LEAST = 0.5, 0.7
+SLOWER_MEASURED, AT_LEAST_MEASURED = 0.9, 0.9
+SENDING = 0.5  # share of that time in which requests were sent, and not held back, above which this can be told
+SOON_S = 0.5  # seconds after a decision: a refusal of what was sent in them is about the same thing, and tells less
+
+# How fast to send once it is measured.
+BACK_OFF = 0.95  # share of the rate at which sending goes on
+RECOVER_S = 5.0  # seconds until the rate is reached again; then it is passed, slowly at first
+# A rate measured in a short time is poor evidence, and soon tried again: after RECOVER_INTERVALS times that time where
+# this is less than RECOVER_S, but at least SHORTEST_RECOVER_S.
+RECOVER_INTERVALS, SHORTEST_RECOVER_S = 2.0, 0.5
+PROBING = 0.1  # share of the rate by which it is passed after twice the time until then; more with the third power
+DISPROVED = 2.25  # times the time until then: a bucket has used up what it had kept by then, so the rate is another one
+FASTER_S = 1.0  # seconds in which the speed doubles from then on
+CATCH_UP = 1.5  # times the rate at which what was held back is sent
+KEPT = 0.8  # share of what refills in a wait that is trusted to be in the bucket after it
+BURST_S = 0.02  # seconds' worth of requests that may go at once: a timer may be late by so much
+ROUNDING = 1e-9  # of a request; sums of floats are rounded
+
+# How fast to send before that.
+GUESS = 0.5  # share of the speed at the first refusal that the rate is guessed to be
+LOWEST_GUESS = 1.0  # requests a second, at least
+RAMP_S, RAMP = 0.15, 5  # seconds in which the speed doubles, and the doublings that lead up to the guessed rate
+DOUBLE_S = 3.0  # seconds in which it doubles after that, until a refusal shows the rate
+
+# How long to stay away where no Retry-After says it.
+HOLD_S = 0.025  # half of the first wait; each is twice the last, if nothing was let in since then
+LONGEST_HOLD_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +111,9 @@ class Refusals:
         if self._rate == math.inf:
             return 0.0
         speed = self._speed(now)
-        self._level = min(max(1.0, 0.02 * speed), self._level + speed * (now - self._at))  # 20 ms: a late timer's worth
+        self._level = min(max(1.0, BURST_S * speed), self._level + speed * (now - self._at))
         self._at = now
-        return (1.0 - self._level) / speed if self._level < 1.0 - 1e-9 else 0.0
+        return (1.0 - self._level) / speed if self._level < 1.0 - ROUNDING else 0.0
 
     def take(self) -> None:
         """Count a request that is sent."""
@@ -112,7 +135,7 @@ class Refusals:
         if refusal.explained:
             return "refused"
         if self._mark is None:
-            self._rate = max(1.0, GUESS * refusal.speed)
+            self._rate = max(LOWEST_GUESS, GUESS * refusal.speed)
             self._ramp = hold_s < RAMP_S * RAMP  # else the bucket has filled meanwhile, at whatever rate
             self._set_mark(refusal, hold_s)
             return "refused: rate guessed"
@@ -130,7 +153,7 @@ class Refusals:
         if hold_s is None:
             if news:
                 self._streak = 1 if let_in else self._streak + 1
-            hold_s = min(LONGEST_HOLD_S, HOLD_S * 2.0**self._streak) if news else 0.0
+            hold_s = min(LONGEST_HOLD_S, HOLD_S * 2.0 ** min(MOST_DOUBLINGS, self._streak)) if news else 0.0
         self.hold_until = max(self.hold_until, now + hold_s)
         self._since = self._at = max(self._since, self.hold_until)
         return max(0.0, self.hold_until - now)
@@ -141,14 +164,15 @@ class Refusals:
 
     def _measure(self, accepted: float, refusal: Refusal, hold_s: float, went_well_s: float) -> None:
         assert self._mark is not None
-        interval_s = max(0.01, refusal.sent - self._mark)
+        interval_s = max(SHORTEST_S, refusal.sent - self._mark)
         sending_s = interval_s - self._held_s + hold_s
         rate = accepted / interval_s
-        slow, share = (0.9, 0.9) if self._sure and self._owed <= 0 else (0.5, 0.7)
-        slower_before = accepted < slow * refusal.speed * sending_s
-        if slower_before and sending_s > 0.5 * interval_s and went_well_s > SOON_S:
-            rate = max(rate, share * refusal.speed)  # else the bucket ran over unseen, and the mean is too low
-        self._recover_s = min(RECOVER_S, max(0.5, 2 * interval_s))  # poor evidence is soon tried again
+        measured = self._sure and self._owed <= 0
+        slower, at_least = (SLOWER_MEASURED, AT_LEAST_MEASURED) if measured else (SLOWER, AT_LEAST)
+        slower_before = accepted < slower * refusal.speed * sending_s
+        if slower_before and sending_s > SENDING * interval_s and went_well_s > SOON_S:
+            rate = max(rate, at_least * refusal.speed)
+        self._recover_s = min(RECOVER_S, max(SHORTEST_RECOVER_S, RECOVER_INTERVALS * interval_s))
         if self._sure and self._owed > 0:
             self._may_catch_up = False  # the bucket does not keep what was held back
         self._rate, self._sure = rate, True
@@ -157,12 +181,13 @@ class Refusals:
     def _speed(self, now: float) -> float:
         held_s = now - self._since
         if self._sure:
-            x = held_s / self._recover_s
-            speed = self._rate * (BACK_OFF + (1 - BACK_OFF) * x if x < 1 else 1 + PROBING * (x - 1) ** 3)
-            if x > DISPROVED:
-                speed *= float(2.0 ** min(20.0, (x - DISPROVED) * self._recover_s / FASTER_S))
+            recovered = held_s / self._recover_s
+            back, beyond = BACK_OFF + (1 - BACK_OFF) * recovered, 1 + PROBING * (recovered - 1) ** 3
+            speed = self._rate * (back if recovered < 1 else beyond)
+            if recovered > DISPROVED:
+                speed *= float(2.0 ** min(MOST_DOUBLINGS, (recovered - DISPROVED) * self._recover_s / FASTER_S))
             return CATCH_UP * speed if self._owed > 0 else speed
         if self._ramp:
             held_s -= RAMP_S * RAMP
         doublings = held_s / (RAMP_S if held_s < 0 else DOUBLE_S)
-        return self._rate * float(2.0 ** min(20.0, doublings))
+        return self._rate * float(2.0 ** min(MOST_DOUBLINGS, doublings))

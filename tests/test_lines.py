@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
+import httpx2
 import openai
 import orjson
 import pytest
@@ -208,6 +209,37 @@ def test_no_more_is_let_in_than_the_transport_carries() -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert line.pacer.window == 15
+
+    alone(test)
+
+
+def pooled(connections: int) -> Endpoint:
+    """An endpoint with a client of the user's own, whose pool holds so many connections."""
+    pool = httpx2.AsyncClient(limits=httpx2.Limits(max_connections=connections))
+    return resolve(client=openai.AsyncOpenAI(base_url="http://127.0.0.1:9/v1", api_key="sk-pooled", http_client=pool))
+
+
+@pytest.mark.parametrize(
+    ("caps", "let_in", "limited_by"),
+    [
+        (Caps(), 3, "connections"),
+        (Caps(max_concurrency=9), 3, "connections"),
+        (Caps(max_concurrency=3), 3, "max_concurrency"),
+        (Caps(max_concurrency=2), 2, "max_concurrency"),
+    ],
+)
+def test_max_concurrency_is_named_as_the_limit_only_where_the_users_own_cap_is_reached(
+    caps: Caps, let_in: int, limited_by: str
+) -> None:
+    async def test() -> None:
+        line = line_to(pooled(3), caps)
+        for _ in range(let_in):
+            await line.enter(1)
+        one_more = asyncio.create_task(line.enter(1))
+        await turn()
+        assert line.pacer.in_flight == let_in
+        assert line.pacer.limited_by == limited_by
+        one_more.cancel()
 
     alone(test)
 

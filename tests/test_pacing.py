@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from llmframe.limits import RateHeaders
 from llmframe.pacing import Caps, Moment, Pacer
-from llmframe.rates import Cap
+from llmframe.rates import Cap, Share
 from tests.simulation import Outcome, Server, Simulation, simulate
 
 SEEDS = range(6)
@@ -376,6 +376,16 @@ def test_nothing_is_sent_before_a_long_retry_after_is_over() -> None:
     assert pacer.wait_s(60.2, 10) <= 1.0
 
 
+def test_however_long_everything_is_refused_the_next_request_waits_ten_seconds_at_most() -> None:
+    pacer, now = Pacer(Caps(), 0.0), 0.0
+    for _ in range(1100):
+        pacer.sent(now, 10)
+        pacer.refused(now + 0.1, latency_s=0.1, reserved=10, retry_after_s=None, headers=None)
+        wait_s = pacer.wait_s(now + 0.1, 10)
+        assert 0.0 < wait_s <= 10.001
+        now += 0.1 + wait_s
+
+
 def test_what_limits_is_named() -> None:
     told = RateHeaders(60, 0, 60.0, None, None, None)
     pacer = Pacer(Caps(max_concurrency=2), 0.0)
@@ -392,6 +402,16 @@ def test_what_limits_is_named() -> None:
     assert pacer.limited_by == "max_concurrency"
     pacer.tick(2.2, lag_s=0.0)
     assert pacer.limited_by == ""  # nobody has asked since
+
+
+def test_a_share_of_max_concurrency_is_named_as_such_and_not_as_connections() -> None:
+    share = Share()
+    share.seats = 2.0
+    pacer = Pacer(Caps(max_concurrency=8, share=share), 0.0, connections=2)
+    pacer.sent(0.0, 10)
+    pacer.sent(0.0, 10)
+    assert pacer.wait_s(0.0, 10) == math.inf
+    assert pacer.limited_by == "max_concurrency"
 
 
 def test_what_is_left_takes_at_least_what_the_known_limits_allow() -> None:
