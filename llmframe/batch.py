@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llmframe import answers, loops, runner
+from llmframe import answers, loops
 from llmframe.batch_access import Access, checked_poll
 from llmframe.batch_api import Away, BatchApi, Refused
 from llmframe.batch_intake import ANSWERS, check_call, keep_rows, plan_job
@@ -26,6 +26,7 @@ from llmframe.batch_ledger import Busy, Ledger, Left, Place
 from llmframe.batch_plan import FileLimits, key_of
 from llmframe.batch_rows import Rows, digest_of, load_rows
 from llmframe.batch_work import Keeper, Worker, slower, write_parts
+from llmframe.call import plan_call, warn_of_open_line
 from llmframe.checkpoint import Checkpoint, Origin
 from llmframe.embedding import read_embedding
 from llmframe.endpoint import Endpoint
@@ -35,6 +36,7 @@ from llmframe.options import POLL_S, Options, call_options, gather
 from llmframe.outcomes import Outcomes
 from llmframe.pacing import Pacer
 from llmframe.parts import embeddings
+from llmframe.prepared import reread
 from llmframe.progress import Bar
 from llmframe.prompts import Prompts
 from llmframe.requests import identity
@@ -57,8 +59,8 @@ def submit_batch(
     place = Place(job)
     if options.checkpoint is None:
         options = replace(options, checkpoint=os.fspath(place.path / ANSWERS))
-    call = runner.plan_call(prompts, options)
-    runner.warn_of_open_line(call.endpoint.url)
+    call = plan_call(prompts, options)
+    warn_of_open_line(call.endpoint.url)
     access = Access(options, options.schema, checked_poll(poll_s))
     with place.held():
         if place.exists:
@@ -352,7 +354,7 @@ class BatchJob:
             _recall_embeddings(outcomes, checkpoint, rows)
         elif checkpoint is not None:
             for number, completion in checkpoint.find(plan.keys):
-                kept = runner.reread(completion, schema)
+                kept = reread(completion, schema)
                 if kept is not None:
                     outcomes.put(number, replace(kept, source="request") if rows.asked[number] else kept)
         pending = set(outcomes.pending().tolist())

@@ -9,8 +9,9 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from llmframe import replicas, runner
+from llmframe import replicas
 from llmframe.batch_ledger import Terms
+from llmframe.call import split_extras
 from llmframe.endpoint import Endpoint
 from llmframe.errors import ConfigurationError
 from llmframe.estimate import BATCH_SHARE
@@ -42,7 +43,7 @@ class Access:
     @property
     def extras(self) -> Extras:
         """What the call adds to every request."""
-        return runner.split_extras(self.options.params)[1]
+        return split_extras(self.options.params)[1]
 
     def target(self, terms: Terms, directory: str) -> Endpoint:
         """Find the endpoint of a job; the key goes where the caller said and nowhere else.

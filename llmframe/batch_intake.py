@@ -14,19 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from llmframe import runner
 from llmframe.batch_access import halved, kept_schema
 from llmframe.batch_ledger import Ledger, Place, Terms
 from llmframe.batch_plan import FileLimits, input_line
 from llmframe.batch_rows import Rows, digest_of, save_rows
 from llmframe.batch_work import write_parts
 from llmframe.budget import Bound, Budget
+from llmframe.call import LOCAL, Call, open_checkpoint
 from llmframe.errors import BudgetExceeded, ConfigurationError
 from llmframe.notices import say
 from llmframe.options import Options
+from llmframe.prepared import ready, recall, tell
 from llmframe.prompts import Missing, Prompts
 from llmframe.requests import PATHS
-from llmframe.runner import Call
 from llmframe.texts import text_of
 
 OWN = ("job", "keep_files", "poll_s")  # the keywords of a submission alone
@@ -55,18 +55,18 @@ def check_call(options: Options) -> None:
         )
     if isinstance(options.base_url, list | tuple) and len(options.base_url) > 1:
         raise ConfigurationError("base_url= names several servers, and a batch is at one; name that one")
-    if options.model == runner.LOCAL and options.client is None:
+    if options.model == LOCAL and options.client is None:
         raise ConfigurationError('model="local" has no Batch API, and costs nothing; use df.llm.complete')
 
 
 def plan_job(place: Place, prompts: Prompts, options: Options, call: Call, keep_files: bool) -> Rows:
     """Write what is to be sent and the ledger of it; nothing is sent."""
     plan = call.plan
-    checkpoint = runner.open_checkpoint(prompts, options, call)
+    checkpoint = open_checkpoint(prompts, options, call)
     assert checkpoint is not None
     try:
-        prepared = runner.ready(prompts, options, call, checkpoint)
-        runner.tell(prepared, runner.recall(prepared))
+        prepared = ready(prompts, options, call, checkpoint)
+        tell(prepared, recall(prepared))
     finally:
         checkpoint.close(tidy=False)
     numbers = prepared.state.outcomes.pending()

@@ -20,8 +20,8 @@ from llmframe.errors import ConfigurationError
 from llmframe.job_work import Paths, Work
 from llmframe.options import Options
 from llmframe.planning import rows_of
+from llmframe.prepared import Prepared
 from llmframe.prompts import Prompt
-from llmframe.runner import Prepared
 
 PART_ROWS = 4_096  # of a part: a worker that is lost has so few to look up again, and the end is even
 AHEAD = 2  # parts for each worker process: while one has its last answers to come, it asks the next

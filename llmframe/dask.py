@@ -24,9 +24,9 @@ import numpy.typing as npt
 import pandas as pd
 from pydantic import SecretStr
 
-from llmframe import runner
 from llmframe.accessor import LLMFrame
 from llmframe.budget import Cost
+from llmframe.call import LOCAL, plan_call
 from llmframe.desk import Desk, Grant, Limits, Wants
 from llmframe.errors import ConfigurationError, LLMFrameError, TemplateError
 from llmframe.estimate import Estimate, estimate
@@ -237,7 +237,7 @@ class PartitionCall:
         self._key = None if options.api_key is None else SecretStr(options.api_key)
         # Where the client's environment points to: a worker whose own says nothing would ask somebody else.
         base_url = options.base_url or os.environ.get("OPENAI_BASE_URL") or None
-        if options.model == runner.LOCAL:
+        if options.model == LOCAL:
             base_url = options.base_url
         masked = not isinstance(options.where, str | None)
         self._options = replace(options, api_key=None, base_url=base_url, where=None if masked else options.where)
@@ -286,9 +286,9 @@ class PartitionCall:
         options = replace(self._here(None), where="missing" if self._masked else self._options.where)
         if options.api_key is None and not os.environ.get("OPENAI_API_KEY"):
             options = replace(options, api_key="the workers have it")
-        if options.model == runner.LOCAL:  # the embedded model is for the workers to serve
+        if options.model == LOCAL:  # the embedded model is for the workers to serve
             options = replace(options, model="local model", base_url="http://localhost/v1")
-        call = runner.plan_call(prompts_of(empty, self._prompt, options), options)
+        call = plan_call(prompts_of(empty, self._prompt, options), options)
         made = empty.copy()
         for name, dtype in output_dtypes(options, call.schema).items():
             made[name] = typed([], dtype)
@@ -301,7 +301,7 @@ class PartitionCall:
         return replace(self._options, api_key=key, where=where)
 
     def _station(self, options: Options) -> Station:
-        if options.api_key is None and options.model != runner.LOCAL and not os.environ.get("OPENAI_API_KEY"):
+        if options.api_key is None and options.model != LOCAL and not os.environ.get("OPENAI_API_KEY"):
             raise ConfigurationError(
                 "no API key on this worker: set OPENAI_API_KEY in the workers' environment, as in "
                 "LocalCluster(env={...}), or pass api_key=, which travels unseen"

@@ -18,10 +18,12 @@ import numpy.typing as npt
 
 from llmframe import runner
 from llmframe.budget import ANSWER_LIMITS
+from llmframe.call import LOCAL, plan_call
 from llmframe.checkpoint import Checkpoint
 from llmframe.errors import ConfigurationError
 from llmframe.options import Options, answers_asked, check_count
 from llmframe.planning import Plan
+from llmframe.prepared import ready, take
 from llmframe.prices import PriceOf
 from llmframe.prompts import Missing, Prompts
 from llmframe.results import Completion, Usage
@@ -175,12 +177,18 @@ class _Look:
 
 
 def _look(prompts: Prompts, options: Options, enough: int) -> _Look:
-    call = runner.plan_call(prompts, options if options.client is not None else _keyless(options))
+    call = plan_call(prompts, options if options.client is not None else _keyless(options))
     assert options.model is not None
-    kept = {} if options.checkpoint is None or options.refresh else _kept(options, call.plan, call.schema)
+    state = ready(prompts, options, call, None).state
+    held = None if options.checkpoint is None or options.refresh else Checkpoint.look(options.checkpoint)
+    if held is not None:
+        take(state, held)
+    outcomes = state.outcomes
+    asked = outcomes.pending().tolist()
+    unkept = {*asked, *call.plan.unreadable}
+    kept = {number: outcomes[number] for number in range(len(outcomes)) if number not in unkept}
     counter = counter_for(options.model)
     counted = _count(prompts, call.plan, counter, embedding=options.embeds)
-    asked = [number for number in range(len(counted)) if number not in kept and number not in call.plan.unreadable]
     unseen = _unseen(call.schema, call.params) + (["images"] if options.images else [])
     prompt_tokens, prompts_by = _prompt_tokens(counted, kept, asked, counter, unseen, enough)
     mean, completions_by = _completion_tokens(kept, call.params, enough)
@@ -207,24 +215,8 @@ def _look(prompts: Prompts, options: Options, enough: int) -> _Look:
 
 def _keyless(options: Options) -> Options:
     """Let a call be estimated before its owner has a key: none is sent anywhere."""
-    given = options.api_key is not None or os.environ.get("OPENAI_API_KEY") or options.model == runner.LOCAL
+    given = options.api_key is not None or os.environ.get("OPENAI_API_KEY") or options.model == LOCAL
     return options if given else replace(options, api_key="none is needed to estimate")
-
-
-def _kept(options: Options, plan: Plan, schema: Any) -> Mapping[int, Completion]:
-    assert options.checkpoint is not None
-    found: dict[int, Completion] = {}
-    checkpoint = Checkpoint.look(options.checkpoint)
-    if options.embeds:
-        for number, completion in () if checkpoint is None else checkpoint.find(plan.keys):
-            if completion.status == "ok":
-                found[number] = completion
-        return found
-    for number, completion in () if checkpoint is None else checkpoint.find(plan.keys):
-        kept = runner.reread(completion, schema)
-        if kept is not None and not (kept.text is None and kept.status != "ok" and options.where == "missing"):
-            found[number] = kept
-    return found
 
 
 def _count(prompts: Prompts, plan: Plan, counter: Counter, *, embedding: bool) -> list[int]:

@@ -20,6 +20,7 @@ import pandas as pd
 import pyarrow as pa
 
 from llmframe import loops, runner
+from llmframe.call import Call, open_checkpoint, plan_call, warn_of_open_line
 from llmframe.checkpoint import Checkpoint, remove_checkpoint
 from llmframe.errors import ConfigurationError, Interrupted, LLMFrameError
 from llmframe.index import Index
@@ -27,10 +28,10 @@ from llmframe.notices import say, warn
 from llmframe.options import Options, check_count
 from llmframe.pacing import Pacer
 from llmframe.planning import output_dtypes, prompts_of, rows_of
+from llmframe.prepared import Prepared, ready, recall, reread
 from llmframe.prompts import Prompt, Prompts
 from llmframe.requests import Words, words_of
 from llmframe.results import STATUSES, Usage, twin
-from llmframe.runner import Call, Prepared
 from llmframe.sinks import Sink, sweep
 from llmframe.sources import Piece, Source, frame_of
 
@@ -190,9 +191,9 @@ class Work:
         # Of no rows, so that all that can be known of the call is checked before anything is asked.
         for schema in reversed(self._source.schemas):
             prompts = self._prompts(schema.empty_table())
-            self._call: Call = runner.plan_call(prompts, options)
-        runner.warn_of_open_line(self._call.endpoint.url)
-        self._open_checkpoint = functools.partial(runner.open_checkpoint, prompts, options, self._call)
+            self._call: Call = plan_call(prompts, options)
+        warn_of_open_line(self._call.endpoint.url)
+        self._open_checkpoint = functools.partial(open_checkpoint, prompts, options, self._call)
         self._checkpoint: Checkpoint | None = None
         self._seen = _Seen()
         self._sink: Sink | None = None
@@ -325,10 +326,10 @@ class Work:
     def _prepare(self, pieces: list[Piece]) -> _Part:
         table = pa.concat_tables(piece.table for piece in pieces)
         prompts = self._prompts(table)
-        call = runner.plan_call(prompts, self.options, self._call)
-        prepared = runner.ready(prompts, self.options, call, self._checkpoint)
+        call = plan_call(prompts, self.options, self._call)
+        prepared = ready(prompts, self.options, call, self._checkpoint)
         seen = self._seen.add(call.plan.keys)
-        runner.recall(prepared)
+        recall(prepared)
         for number in np.flatnonzero(seen).tolist():  # an earlier row of the job carries what it cost
             outcome = prepared.state.outcomes[number]
             if outcome.status != "pending":
@@ -358,7 +359,7 @@ class Work:
         state = prepared.state
         shared = rows_of(state.plan)
         for place, completion in self._checkpoint.find(state.plan.keys[late]):
-            kept = runner.reread(completion, state.schema)
+            kept = reread(completion, state.schema)
             if kept is not None:
                 number = int(late[place])
                 state.outcomes.put(number, twin(kept))

@@ -18,7 +18,7 @@ from llmframe import plots
 from llmframe.errors import ConfigurationError
 from llmframe.pacing import Moment
 from llmframe.page import Figure, Trouble, fragment, page
-from llmframe.results import STATUSES, Usage, column_dtype, text_dtype, typed
+from llmframe.results import Usage, column_dtype, text_dtype, typed
 from llmframe.state import State
 
 COMMONEST = 5  # errors shown
@@ -49,9 +49,7 @@ class Run:
     @property
     def counts(self) -> dict[str, int]:
         """Rows by status, those that occur."""
-        codes = self._state.outcomes.statuses(self._state.plan.request_of)
-        counts = np.bincount(codes, minlength=len(STATUSES)).tolist()
-        return {status: count for status, count in zip(STATUSES, counts, strict=True) if count}
+        return self._state.counts
 
     @property
     def usage(self) -> Usage:

@@ -1,4 +1,4 @@
-"""The run: plan, checkpoint, engine, frame.
+"""The run: a call is made ready, what its checkpoint lacks is asked, and a frame comes of it.
 
 Everything that can be known is checked before anything is spent; what is answered is kept, however the run ends.
 """
@@ -7,61 +7,32 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
 
-from llmframe import answers, endpoint, loops, replicas
-from llmframe.asking import Accepted, Asking
-from llmframe.budget import Bound, Budget, most_completion_tokens
-from llmframe.checkpoint import OTHER_ROWS, Checkpoint, Origin
+from llmframe import loops
+from llmframe.call import open_checkpoint, plan_call, warn_of_open_line
+from llmframe.checkpoint import Checkpoint
 from llmframe.collecting import rare_collections
-from llmframe.embedding import Embedding
-from llmframe.endpoint import Endpoint
-from llmframe.engine import Ask, Crew, Policy, Read
-from llmframe.errors import CheckpointError, ConfigurationError, EndpointError, Interrupted, LLMFrameError, RowFailed
-from llmframe.index import Index
+from llmframe.delivery import delivery_of, row_failed
+from llmframe.engine import Crew
+from llmframe.errors import CheckpointError, ConfigurationError, Interrupted, LLMFrameError
 from llmframe.lines import Line, give_back, line_to
-from llmframe.messages import Messages
-from llmframe.notices import say, warn
 from llmframe.options import Options
-from llmframe.outcomes import Outcomes
-from llmframe.pacing import Caps
-from llmframe.parts import embeddings
-from llmframe.planning import (
-    Plan,
-    check_columns,
-    check_length,
-    kept_dimensions,
-    make_plan,
-    other_length,
-    rows_of,
-    select,
-)
-from llmframe.prices import PriceOf, known_prices, read_prices
+from llmframe.planning import check_length
+from llmframe.prepared import Prepared, ready, recall, tell
 from llmframe.progress import Bar
-from llmframe.prompts import Missing, Prompts
+from llmframe.prompts import Prompts
 from llmframe.report import Run
-from llmframe.requests import Requests
-from llmframe.results import PAID, Completion, Usage, property_column
-from llmframe.schemas import Schema, Unfit, read_schema
 from llmframe.state import State
-from llmframe.texts import Texts
-from llmframe.transports import Extras
 
-LOCAL = "local"  # the model= that means the embedded one
-WORTH_SAVING = 200  # rows; a run of more without a checkpoint says what one would save
 FLUSH_LOOK_S = 0.1  # how often it is seen whether a flush is due
 
 _last: Run | None = None
-_open_lines: set[str] = set()  # hosts that were warned of
 
 
 def last_run() -> Run:
@@ -81,40 +52,6 @@ def last_run() -> Run:
     if _last is None:
         raise ConfigurationError("there was no run in this process yet; df.llm.complete(...) makes one")
     return _last
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A call whose checks are done: what each of its rows sends, where to, and what that costs."""
-
-    schema: Schema | None
-    endpoint: Endpoint
-    requests: Requests
-    plan: Plan
-    params: Mapping[str, Any]
-    price: PriceOf | None
-    budget: Budget | None
-    accepted: Accepted = field(default_factory=Accepted)
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A run that is ready to start: all checks are done, and nothing was asked."""
-
-    state: State
-    prompts: Prompts
-    requests: Requests
-    endpoint: Endpoint
-    policy: Policy
-    price: PriceOf | None
-    budget: Budget | None
-    checkpoint: Checkpoint | None
-    accepted: Accepted
-
-    @property
-    def quiet(self) -> bool:
-        """Whether the call asked not to be told anything."""
-        return self.state.options.progress is False
 
 
 def complete(prompts: Prompts, options: Options, *, listed: bool = False) -> State:
@@ -198,221 +135,6 @@ def prepare(prompts: Prompts, options: Options) -> Prepared:
     return prepared
 
 
-def open_checkpoint(prompts: Prompts, options: Options, call: Call, index: Index | None = None) -> Checkpoint | None:
-    """Open the checkpoint of a call, if it has one.
-
-    Raises
-    ------
-    CheckpointError
-        It cannot be read or written.
-    """
-    if options.checkpoint is None:
-        return None
-    assert options.model is not None
-    origin = Origin(
-        endpoint=call.endpoint.identity,
-        api=options.api,
-        model=options.model,
-        template=prompts.description,
-        parameters=call.requests.parameters,
-    )
-    return Checkpoint.open(options.checkpoint, origin, index)
-
-
-def ready(prompts: Prompts, options: Options, call: Call, checkpoint: Checkpoint | None) -> Prepared:
-    """Put together what a run needs."""
-    state = State(prompts.frame, options, call.schema, call.plan, Outcomes(len(call.plan.keys)), prompts=prompts)
-    if call.plan.unreadable:
-        shared = rows_of(call.plan)
-        for number, reason in call.plan.unreadable.items():
-            state.outcomes.put(number, Completion(status="failed", error=reason))
-            state.rows_done += int(shared[number])
-    return Prepared(
-        state=state,
-        prompts=prompts,
-        requests=call.requests,
-        endpoint=call.endpoint,
-        policy=Policy(Caps(options.max_concurrency, options.rpm, options.tpm), options.max_attempts, options.timeout),
-        price=call.price,
-        budget=call.budget,
-        checkpoint=checkpoint,
-        accepted=call.accepted,
-    )
-
-
-def warn_of_open_line(url: str) -> None:
-    """Warn once of an endpoint on the way to which the key can be read."""
-    parts = urlsplit(url)
-    host = f"{parts.scheme}://{parts.hostname}"
-    if endpoint.is_open(url) and host not in _open_lines:
-        _open_lines.add(host)
-        warn(f"the key and the prompts go to {host} unencrypted, for anybody on the way to read; use https://")
-
-
-def plan_call(prompts: Prompts, options: Options, like: Call | None = None) -> Call:
-    """Check a call and plan it; nothing is asked, and no checkpoint is touched.
-
-    Parameters
-    ----------
-    prompts : Prompts
-        The rows and what each sends.
-    options : Options
-        The call's keywords.
-    like : Call, optional
-        The same call for other rows: all but the plan is taken from it, the budget too.
-
-    Raises
-    ------
-    ConfigurationError, TemplateError, SchemaError
-        The call cannot be made as it was written.
-    """
-    if like is not None:
-        selected = select(prompts.frame, options)
-        plan = make_plan(prompts, like.requests, selected, dedupe=options.dedupe)
-        return replace(like, plan=plan)
-    if options.embeds:
-        _check_embedding(prompts, options)
-    if options.model is None:
-        raise ConfigurationError(
-            "no model: pass model=, set it with llmframe.configure(model=...) or LLMFRAME_MODEL; "
-            'model="local" needs no key and no network'
-        )
-    schema = read_schema(options.schema, options.output)
-    if schema is not None and "response_format" in options.params:
-        raise ConfigurationError("schema= and response_format= say the same; pass one of them")
-    if options.api == "responses" and options.params.keys() & {"n", "background"}:
-        raise ConfigurationError("api='responses' gives one answer a request, at once; leave n= and background= out")
-    if schema is not None and schema.columns and options.several:
-        raise ConfigurationError("n= gives a list of answers, and a schema with properties needs one; leave n= out")
-    selected = select(prompts.frame, options)
-    check_columns(prompts.frame, options, schema, selected)
-    for name in () if schema is None else schema.columns:
-        if (column := property_column(options.output, name)) != f"{options.output}_{name}":
-            words = (
-                f"the property {name!r} is in column {column!r}: without the underscore it is a column of llmframe's"
-            )
-            say(words, quiet=options.progress is False, once=True)
-    price: PriceOf | None = None
-    if options.prices is not None:
-        price = read_prices(options.prices, embeds=options.embeds)
-    params, extras = split_extras(options.params)
-    target = replicas.resolve(
-        client=options.client,
-        base_url=options.base_url,
-        api_key=options.api_key,
-        local_model=options.model == LOCAL and options.client is None,
-        extras=extras,
-        api=options.api,
-    )
-    if target.bound and loops.in_running_loop():
-        loops.let_callers_loop_nest()
-    if price is None and options.model != LOCAL:
-        price = known_prices(options.model, target.url, params.get("service_tier"))
-    budget = _budget(options, params, price)
-    requests = Requests(
-        target.identity,
-        options.model,
-        params,
-        schema.canonical if schema else None,
-        schema.response_format if schema else None,
-        options.api,
-    )
-    plan = make_plan(prompts, requests, selected, dedupe=options.dedupe)
-    return Call(schema, target, requests, plan, params, price, budget)
-
-
-def _check_embedding(prompts: Prompts, options: Options) -> None:
-    if not isinstance(prompts, Texts):
-        raise ConfigurationError("api='embeddings' gives no answers; embeddings are made by df.llm.embed('text')")
-    if options.model is None:
-        raise ConfigurationError("no model: pass model= to embed, as in model='text-embedding-3-small'")
-
-
-def _budget(options: Options, params: Mapping[str, Any], price: PriceOf | None) -> Budget | None:
-    if options.max_cost is None and options.max_tokens_total is None:
-        return None
-    assert options.model is not None
-    if options.max_cost is not None and price is None:
-        raise ConfigurationError(
-            f"max_cost= needs a price, and none is known for {options.model!r} here (genai-prices, of the extra "
-            "'cost', knows most at their own endpoints); pass prices={'input': ..., 'output': ...} in USD per million "
-            "tokens, or max_tokens_total="
-        )
-    keyword = "max_cost" if options.max_cost is not None else "max_tokens_total"
-    bound = Bound(0 if options.embeds else most_completion_tokens(options.model, params, keyword), price)
-    return Budget(bound=bound, max_usd=options.max_cost, max_tokens=options.max_tokens_total)
-
-
-def recall(prepared: Prepared, numbers: npt.NDArray[np.intp] | None = None) -> int:
-    """Take what the checkpoint holds, of these requests or of all; how many of them it answers."""
-    state, checkpoint = prepared.state, prepared.checkpoint
-    if checkpoint is None:
-        return 0
-    keys = state.plan.keys if numbers is None else state.plan.keys[numbers]
-    if state.options.refresh:
-        checkpoint.supersede(keys)
-        return 0
-    shared = rows_of(state.plan)
-    found = 0
-    if state.options.embeds:
-        for places, table in checkpoint.tables(keys):
-            read = embeddings(table)
-            if read is not None and state.outcomes.dimensions in (None, read[1].vectors.shape[1]):
-                theirs = places[read[0]] if numbers is None else numbers[places[read[0]]]
-                state.outcomes.put_embeddings(theirs, read[1], "checkpoint")
-                state.rows_done += int(shared[theirs].sum())
-                found += len(theirs)
-        return found
-    for place, completion in checkpoint.find(keys):
-        number = place if numbers is None else int(numbers[place])
-        kept = reread(completion, state.schema)
-        if kept is None or (kept.text is None and kept.status != "ok" and state.options.where == "missing"):
-            continue  # a refusal is kept as what it is, until a call asks for what has no answer
-        state.outcomes.put(number, kept)
-        state.rows_done += int(shared[number])
-        found += 1
-    return found
-
-
-def tell(prepared: Prepared, found: int) -> None:
-    """Say what the checkpoint holds before anything is asked."""
-    state, checkpoint, quiet = prepared.state, prepared.checkpoint, prepared.quiet
-    total = len(state.plan.keys) - len(state.plan.unreadable)
-    if checkpoint is None:
-        if total > WORTH_SAVING:
-            say(
-                "this run has no checkpoint; with checkpoint='runs/name' an interrupted one would go on where it "
-                "stopped, and no answer would be paid for twice",
-                quiet=quiet,
-                once=True,
-            )
-        return
-    where = state.options.checkpoint
-    if found:
-        rest = f"asking {total - found:,}" if found < total else "nothing to ask"
-        say(f"{found:,} of {total:,} answers are in {where}; {rest}", quiet=quiet)
-    elif not state.options.refresh and total and checkpoint.held:
-        why = checkpoint.differs()
-        if why in (None, OTHER_ROWS):  # the other half of a frame, as often as not
-            say(f"none of the {checkpoint.held:,} answers in {where} is for these rows; asking {total:,}", quiet=quiet)
-        else:
-            warn(f"0 of {checkpoint.held:,} answers in {where} fit: {why}; asking {total:,}")
-
-
-def reread(completion: Completion, schema: Schema | None) -> Completion | None:
-    """Read a kept answer by the schema again, since what it reads is not kept; None where it does not fit."""
-    if schema is None or completion.text is None or completion.status != "ok":
-        return completion
-    try:
-        if isinstance(completion.text, list):
-            parsed: Any = [None if text is None else schema.read(text) for text in completion.text]
-        else:
-            parsed = schema.read(completion.text)
-    except Unfit:
-        return None
-    return replace(completion, parsed=parsed)
-
-
 async def execute(prepared: Prepared) -> None:
     """Ask what is still to be asked, and keep what comes."""
     state, checkpoint = prepared.state, prepared.checkpoint
@@ -420,7 +142,7 @@ async def execute(prepared: Prepared) -> None:
     try:
         if state.plan.unreadable and state.options.on_error == "raise":
             number, reason = next(iter(state.plan.unreadable.items()))
-            raise _row_failed(state, number, reason)
+            raise row_failed(state, number, reason)
         asked = state.outcomes.pending()
         if len(asked):
             await ask(prepared, asked)
@@ -450,26 +172,16 @@ async def ask(prepared: Prepared, asked: npt.NDArray[np.intp]) -> None:
 async def _ask_on(line: Line, prepared: Prepared, asked: npt.NDArray[np.intp]) -> None:
     state = prepared.state
     state.pacer = line.pacer
-    deliver = _deliverer(prepared)
-    read: Read
-    again: Ask | None
-    if state.options.embeds:
-        made = _embedding(prepared)
-        requests, read, again = made.bodies(asked), made.read, made
-        deliver = _embeddings_deliverer(prepared, made, deliver)
-    else:
-        asking = _asking(prepared)
-        requests, read = _bodies(prepared, asked, asking, deliver), _reader(prepared)
-        again = None if state.schema is None else asking
+    made = delivery_of(prepared, asked)
     crew = Crew(
         line=line,
         endpoint=prepared.endpoint,
-        requests=requests,
-        read=read,
-        deliver=deliver,
+        requests=made.requests,
+        read=made.read,
+        deliver=made.deliver,
         policy=prepared.policy,
         tally=state.tally,
-        ask=again,
+        ask=made.again,
         budget=prepared.budget,
     )
     at_work = asyncio.create_task(crew.run())
@@ -485,7 +197,7 @@ async def _ask_on(line: Line, prepared: Prepared, asked: npt.NDArray[np.intp]) -
             task.cancel()
         await asyncio.wait(tasks)
         for unkept in state.tally.unkept.values():  # the run ended while they were asked again
-            _count(state, unkept)
+            state.pay(unkept)
         state.tally.unkept.clear()
     if saving is not None and not saving.cancelled():
         saving.result()  # it ends by itself only where the store failed
@@ -498,153 +210,6 @@ async def _save(checkpoint: Checkpoint) -> None:
         await asyncio.sleep(FLUSH_LOOK_S)
         if checkpoint.due(time.monotonic()):
             await asyncio.shield(loops.in_thread(checkpoint.flush))
-
-
-def _asking(prepared: Prepared) -> Asking:
-    state = prepared.state
-
-    def messages_of(number: int) -> Messages | None:
-        (messages,) = prepared.prompts.render(state.plan.first[[number]])
-        return None if isinstance(messages, Missing) else messages
-
-    def tell(words: str) -> None:
-        say(words, quiet=prepared.quiet)
-
-    several = state.options.several
-    return Asking(prepared.requests, state.schema, messages_of, tell, prepared.accepted, repairs=not several)
-
-
-def _bodies(
-    prepared: Prepared, asked: npt.NDArray[np.intp], asking: Asking, deliver: Callable[[int, Completion], None]
-) -> Iterator[tuple[int, bytes]]:
-    """Make each request as a worker asks for it."""
-    positions = prepared.state.plan.first[asked]
-    for number, messages in zip(map(int, asked), prepared.prompts.render(positions), strict=True):
-        if isinstance(messages, Missing):  # a file that could be read for the key is gone, or another one
-            deliver(number, Completion(status="failed", error=messages.reason))
-        else:
-            yield number, asking.body(messages)
-
-
-def _reader(prepared: Prepared) -> Read:
-    schema, price, options = prepared.state.schema, prepared.price, prepared.state.options
-    api, several = options.api, options.several
-
-    def read(
-        payload: Any,
-        *,
-        number: int,  # noqa: ARG001
-        latency_s: float,
-        attempts: int,
-        request_id: str | None,
-    ) -> Completion | None:
-        return answers.read_reply(
-            payload,
-            api=api,
-            schema=schema,
-            price=price,
-            several=several,
-            latency_s=latency_s,
-            attempts=attempts,
-            request_id=request_id,
-        )
-
-    return read
-
-
-def _deliverer(prepared: Prepared) -> Callable[[int, Completion], None]:
-    state, checkpoint = prepared.state, prepared.checkpoint
-    shared = rows_of(state.plan)
-
-    def deliver(number: int, completion: Completion) -> None:
-        state.outcomes.put(number, completion)
-        state.rows_done += int(shared[number])
-        if completion.status in PAID:
-            _count(state, completion)
-        if checkpoint is not None:
-            checkpoint.add(state.plan.keys[number].tobytes(), completion)
-        if completion.status == "failed" and state.options.on_error == "raise":
-            raise _row_failed(state, number, completion.error)
-
-    return deliver
-
-
-def _embedding(prepared: Prepared) -> Embedding:
-    state = prepared.state
-    return Embedding(
-        prepared.requests,
-        prepared.prompts,
-        state.plan,
-        prepared.price,
-        dimensions=lambda: state.outcomes.dimensions or state.options.params.get("dimensions"),
-        answered=lambda: state.tally.answered,
-        crowded=lambda: state.pacer is not None and state.pacer.limited_by == "requests/min",
-        tell=functools.partial(say, quiet=prepared.quiet),
-    )
-
-
-def _embeddings_deliverer(
-    prepared: Prepared, made: Embedding, deliver: Callable[[int, Completion], None]
-) -> Callable[[int, Completion], None]:
-    """Give each text of a request its outcome; what is no vector is delivered as any failure is."""
-    state, checkpoint = prepared.state, prepared.checkpoint
-    shared = rows_of(state.plan)
-    kept = kept_dimensions(state.source, state.options, state.plan.selected)
-
-    def give(number: int, completion: Completion) -> None:
-        numbers, found = made.taken(number, completion)
-        known = state.outcomes.dimensions
-        if found is None:
-            for each in numbers.tolist():
-                deliver(each, completion)
-            return
-        if kept not in (None, found.vectors.shape[1]):  # every row would be paid for, and fail
-            _count(state, completion)
-            if checkpoint is not None:
-                checkpoint.add_embeddings(state.plan.keys[numbers], found)
-            raise EndpointError(other_length(found.vectors.shape[1], kept, state.options))
-        if known not in (None, found.vectors.shape[1]):
-            _count(state, completion)  # of no use, and billed all the same
-            words = f"the endpoint gave {found.vectors.shape[1]:,} numbers, where it gave {known:,} before"
-            failed = replace(completion, status="failed", error=words, parsed=None)
-            shares = zip(numbers.tolist(), found.prompt_tokens.tolist(), found.cost_usd.tolist(), strict=True)
-            for each, tokens, usd in shares:
-                told, cost = None if tokens < 0 else tokens, None if math.isnan(usd) else usd
-                deliver(each, replace(failed, prompt_tokens=told, cost_usd=cost))
-            return
-        state.outcomes.put_embeddings(numbers, found, "request")
-        state.rows_done += int(shared[numbers].sum())
-        _count(state, completion)
-        if checkpoint is not None:
-            checkpoint.add_embeddings(state.plan.keys[numbers], found)
-
-    return give
-
-
-def _row_failed(state: State, number: int, reason: str | None) -> RowFailed:
-    position = int(state.plan.first[number])
-    label = state.source.index[[position]].tolist()[0]  # Python's own type, as `tolist` gives it
-    return RowFailed(f"row {position} (label {label!r}) failed: {reason}", position=position, label=label)
-
-
-def _count(state: State, paid: Completion) -> None:
-    """Add an answer to what the run has paid."""
-    state.usage += Usage.of(paid)
-    if paid.cost_usd is not None:
-        state.cost_usd = (state.cost_usd or 0.0) + paid.cost_usd
-
-
-def split_extras(params: Any) -> tuple[dict[str, Any], Extras]:
-    """Take apart what goes into the body and what goes beside it (the SDK's ``extra_*``)."""
-    body = dict(params)
-    extras: dict[str, dict[str, Any]] = {}
-    for name in ("extra_headers", "extra_query", "extra_body"):
-        given = body.pop(name, None)
-        extras[name] = {} if given is None else given
-        if not isinstance(extras[name], dict):
-            raise ConfigurationError(f"{name}={extras[name]!r:.60} has to be a dict")
-    body.update(extras["extra_body"])
-    return body, Extras(tuple(extras["extra_headers"].items()), tuple(extras["extra_query"].items()))
 
 
 def _stopped(error: Any, state: State, listed: bool) -> Any:

@@ -79,6 +79,12 @@ class State:
         return int((self.plan.request_of >= 0).sum())
 
     @property
+    def counts(self) -> dict[str, int]:
+        """Rows by status, those that occur."""
+        found = np.bincount(self.outcomes.statuses(self.plan.request_of), minlength=len(STATUSES)).tolist()
+        return {status: count for status, count in zip(STATUSES, found, strict=True) if count}
+
+    @property
     def rows_a_request(self) -> float:
         """Rows that one request answers, on average."""
         return self.rows / max(1, len(self.plan.first))
@@ -102,6 +108,12 @@ class State:
     def seconds(self) -> float:
         """Seconds from the start to the end, or to now."""
         return (time.monotonic() if self.ended is None else self.ended) - self.started
+
+    def pay(self, completion: Completion) -> None:
+        """Add an answer to what the run has paid."""
+        self.usage += Usage.of(completion)
+        if completion.cost_usd is not None:
+            self.cost_usd = (self.cost_usd or 0.0) + completion.cost_usd
 
     def completions(self) -> list[Completion]:
         """Give each row's completion, in the frame's order."""

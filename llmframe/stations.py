@@ -25,6 +25,7 @@ import pandas as pd
 
 from llmframe import loops, runner
 from llmframe.budget import Allotment, Cost
+from llmframe.call import open_checkpoint, plan_call
 from llmframe.checkpoint import Checkpoint
 from llmframe.desk import Desk, Grant, Limits, Wants
 from llmframe.errors import LLMFrameError
@@ -33,10 +34,10 @@ from llmframe.lines import Line, give_back, line_to
 from llmframe.options import Options
 from llmframe.pacing import Caps
 from llmframe.planning import check_columns, prompts_of
+from llmframe.prepared import Prepared, ready, recall
 from llmframe.prompts import Prompt
 from llmframe.rates import Share
 from llmframe.requests import Words, words_of
-from llmframe.runner import Prepared
 from llmframe.state import State
 
 LINGER_S = 5.0  # until a station that has nothing to do is closed: the next part is on its way, as a rule
@@ -126,9 +127,9 @@ class Station:
         self._closing = asyncio.Event()
         self._door = asyncio.Lock()
         prompts = prompts_of(empty, prompt, options)
-        self._call = runner.plan_call(prompts, replace(options, where=None if options.where is None else "missing"))
+        self._call = plan_call(prompts, replace(options, where=None if options.where is None else "missing"))
         assert options.checkpoint is not None
-        checkpoint = runner.open_checkpoint(prompts, options, self._call, _index_of(os.fspath(options.checkpoint)))
+        checkpoint = open_checkpoint(prompts, options, self._call, _index_of(os.fspath(options.checkpoint)))
         assert checkpoint is not None
         self._checkpoint: Checkpoint = checkpoint
         self._limits = limits_of(options)
@@ -160,9 +161,9 @@ class Station:
             What stopped it; what was answered is kept.
         """
         prompts = prompts_of(frame, self._prompt, options)
-        call = runner.plan_call(prompts, options, self._call)
+        call = plan_call(prompts, options, self._call)
         check_columns(frame, options, call.schema, call.plan.selected)
-        prepared = runner.ready(prompts, options, call, self._checkpoint)
+        prepared = ready(prompts, options, call, self._checkpoint)
         prepared = replace(prepared, policy=replace(prepared.policy, caps=self._caps), budget=self._budget)
         try:
             loops.run(functools.partial(self._ask, prepared), beat)
@@ -275,7 +276,7 @@ class Station:
 
     def _recall(self, prepared: Prepared, numbers: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
         """Take what the checkpoint holds; give the rest."""
-        runner.recall(prepared, numbers)
+        recall(prepared, numbers)
         return numbers[np.isin(numbers, prepared.state.outcomes.pending())]
 
     def close(self, *, tidy: bool) -> None:

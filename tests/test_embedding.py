@@ -453,6 +453,20 @@ def test_an_estimate_counts_texts_and_sends_nothing(server: SimulatedServer, emb
     assert (again.requests, again.from_checkpoint) == (0, 2)
 
 
+def test_an_estimate_counts_no_vector_that_the_run_would_not_take(
+    server: SimulatedServer, embed: Embed, tmp_path: Path
+) -> None:
+    frame = pd.DataFrame({"text": ["a", "[[dimensions=6]] b"]})
+    for position in range(2):
+        embed(frame.iloc[[position]], checkpoint=tmp_path)
+    keywords = {"api": "embeddings", "model": "m", "base_url": server.base_url, "checkpoint": tmp_path}
+    made = frame.llm.estimate("text", **keywords)
+    assert (made.requests, made.from_checkpoint) == (1, 1)
+    server.reset()
+    embed(frame, checkpoint=tmp_path)
+    assert server.stats().answered == 1
+
+
 # ---- the key
 
 

@@ -245,6 +245,14 @@ def test_the_way_on_for_a_mask_keeps_to_its_rows(ask: Caller) -> None:
     assert ask.server.stats().answered == 20
 
 
+def test_a_refusal_in_the_checkpoint_is_kept_by_a_call_with_a_mask(ask: Caller, checkpoint: Path) -> None:
+    frame = texts(2, "[[refusal=no]]")
+    ask(frame, checkpoint=checkpoint)
+    out = ask(frame, where=frame["text"] != "row 0", checkpoint=checkpoint)
+    assert count(out) == {"ok": 1, "refused": 1, "skipped": 1}
+    assert ask.server.stats().received == 3
+
+
 def test_a_refresh_that_was_stopped_does_not_say_that_the_same_call_goes_on(ask: Caller, checkpoint: Path) -> None:
     budget: dict[str, Any] = {"max_tokens": 5, "max_tokens_total": 450, "max_concurrency": 1}
     with pytest.raises(BudgetExceeded, match="refresh=True would ask them all again; without it the call takes"):

@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import llmframe
-from llmframe import patience, runner
+from llmframe import patience
+from llmframe.call import plan_call, warn_of_open_line
 from llmframe.checkpoint import Checkpoint
 from llmframe.cli import main
 from llmframe.errors import Interrupted, LLMFrameError, LLMFrameWarning, TemplateError
@@ -100,7 +101,7 @@ def test_the_key_is_in_nothing_that_a_run_writes_shows_or_raises(
     server.reset(p_reset=1.0)
     call(refresh=True, max_attempts=1)
     options = gather({"model": "m", **given})
-    told += [repr(options), repr(runner.plan_call(Prompts(rows, "text"), options)), repr(given.get("client"))]
+    told += [repr(options), repr(plan_call(Prompts(rows, "text"), options)), repr(given.get("client"))]
     told.append(repr(rows.llm.estimate("{text}", model="m", **given)))
     told += [repr(llmframe.read_checkpoint(tmp_path / "run").to_dict())]
     told += [file.read_bytes().decode("latin-1") for file in (tmp_path / "run").iterdir()]
@@ -260,7 +261,7 @@ def test_a_link_out_of_the_directory_changes_nothing_outside_of_it(tmp_path: Pat
 def told_of(base_url: str) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        runner.warn_of_open_line(base_url)
+        warn_of_open_line(base_url)
     return [str(each.message) for each in caught]
 
 
