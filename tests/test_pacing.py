@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from llmframe.limits import RateHeaders
 from llmframe.pacing import Caps, Moment, Pacer
 from llmframe.rates import Cap
+from llmframe.window import START_AT_ONCE
 from tests.simulation import Outcome, Server, Simulation, simulate
 
 SEEDS = range(6)
@@ -392,6 +393,16 @@ def test_what_limits_is_named() -> None:
     assert pacer.limited_by == "max_concurrency"
     pacer.tick(2.2, lag_s=0.0)
     assert pacer.limited_by == ""  # nobody has asked since
+
+
+def test_a_start_that_no_answer_has_ended_yet_is_limited_by_nothing_once_its_time_has_come() -> None:
+    pacer = Pacer(Caps(), 0.0)
+    for _ in range(START_AT_ONCE):
+        assert pacer.wait_s(0.0, 1) == 0.0
+        pacer.sent(0.0, 1)
+    assert 0.0 < pacer.wait_s(0.0, 1) < math.inf
+    assert pacer.wait_s(9.0, 1) == 0.0
+    assert pacer.limited_by == ""
 
 
 def test_what_is_left_takes_at_least_what_the_known_limits_allow() -> None:
