@@ -26,9 +26,9 @@ from llmframe.index import Index
 from llmframe.notices import say, warn
 from llmframe.options import Options, check_count
 from llmframe.pacing import Pacer
-from llmframe.planning import output_dtypes, prompts_of, rows_of
+from llmframe.planning import check_columns, output_dtypes, prompts_of, rows_of, select
 from llmframe.prompts import Prompt, Prompts
-from llmframe.requests import Words, words_of
+from llmframe.requests import Words, among, words_of
 from llmframe.results import STATUSES, Usage, twin
 from llmframe.runner import Call, Prepared
 from llmframe.sinks import Sink, sweep
@@ -188,13 +188,17 @@ class Work:
         self._sinks = _sinks(paths, self._source)
         self.total = Total(options, self._source.rows)
         # Of no rows, so that all that can be known of the call is checked before anything is asked.
-        for schema in reversed(self._source.schemas):
-            prompts = self._prompts(schema.empty_table())
-            self._call: Call = runner.plan_call(prompts, options)
+        first, *others = {schema.serialize().to_pybytes(): schema for schema in self._source.schemas}.values()
+        prompts = self._prompts(first.empty_table())
+        self._call: Call = runner.plan_call(prompts, options)
+        for schema in others:  # a client takes 20 ms to make, and one does for all files
+            like = self._prompts(schema.empty_table()).frame
+            check_columns(like, options, self._call.schema, select(like, options))
         runner.warn_of_open_line(self._call.endpoint.url)
         self._open_checkpoint = functools.partial(runner.open_checkpoint, prompts, options, self._call)
         self._checkpoint: Checkpoint | None = None
-        self._seen = _Seen()
+        self._seen = _Keys()
+        self._refreshed = _Keys()  # what this job itself has had answered, where answers of before do not count
         self._sink: Sink | None = None
         self.began = False
         """Whether there was something to write to, so that what stops it now leaves answers behind."""
@@ -346,10 +350,15 @@ class Work:
         if len(late):
             if before:
                 await asyncio.wait(before)
-            await loops.in_thread(lambda: self._recall_late(prepared, late))
+            kept = late
+            if self.options.refresh:  # of one that failed before, the disk has the answer that is not wanted any more
+                kept = late[self._refreshed.has(prepared.state.plan.keys[late])]
+            await loops.in_thread(lambda: self._recall_late(prepared, kept))
             late = late[np.isin(late, outcomes.pending())]
             if len(late) and asking:
                 await self._ask(prepared, late)
+        if self.options.refresh:
+            self._refreshed.add(prepared.state.plan.keys[outcomes.paid()])
         prepared.state.ended = time.monotonic()
 
     def _recall_late(self, prepared: Prepared, late: npt.NDArray[np.intp]) -> None:
@@ -441,19 +450,23 @@ def _memory_given_back() -> Iterator[None]:
         pa.set_memory_pool(before)
 
 
-class _Seen:
-    """The requests of the parts so far, in 8 bytes each."""
+class _Keys:
+    """Requests of the parts so far, in 8 bytes each."""
 
     def __init__(self) -> None:
         self._sorted: list[Words] = []
 
-    def add(self, keys: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
-        """Add a part's keys; which of them were there before."""
+    def has(self, keys: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
+        """Say which of some keys are there."""
         words = words_of(keys)
         known = np.zeros(len(words), np.bool_)
         for each in self._sorted:
-            at = np.minimum(np.searchsorted(each, words), len(each) - 1)
-            known |= each[at] == words
+            known |= among(words, each)
+        return known
+
+    def add(self, keys: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
+        """Add a part's keys; which of them were there before."""
+        words, known = words_of(keys), self.has(keys)
         if len(words):
             self._sorted.append(np.sort(words))
         while len(self._sorted) > 1 and len(self._sorted[-1]) * 2 > len(self._sorted[-2]):  # few arrays, and long ones
