@@ -375,6 +375,22 @@ def test_two_jobs_to_one_sink_are_in_each_others_way_nowhere(server: SimulatedSe
     assert {path.name for path in source.parent.iterdir()} == {"in.parquet", "out.parquet"}
 
 
+def test_no_row_is_in_the_sink_before_its_answer_is_on_disk(
+    server: SimulatedServer, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Sink.write
+    early: list[str] = []
+
+    def looked_at(sink: Sink, table: pa.Table, ends_group: bool) -> None:
+        kept = set(llmframe.read_checkpoint(source.with_name("out.parquet.checkpoint"))["text"])
+        early.extend(set(table["response"].to_pylist()) - kept)
+        write(sink, table, ends_group)
+
+    monkeypatch.setattr(Sink, "write", looked_at)
+    assert run(server, source).rows == 100
+    assert not early
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to one process here")
 def test_an_interrupt_while_the_sink_is_written_leaves_nothing_of_it(
     server: SimulatedServer, source: Path, monkeypatch: pytest.MonkeyPatch
