@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from llmframe.budget import Cost
 from llmframe.rates import Cap, request_caps, token_caps
-from llmframe.requests import Words
+from llmframe.requests import Words, among
 
 NOTHING = Cost()
 PRESENT_S = 5.0  # since a process was last heard of; it comes by once a second at least
@@ -149,9 +149,8 @@ class Desk:
             del self._claims[other]
         taken = np.zeros(len(words), np.bool_)
         for name, (_, theirs) in self._claims.items():
-            if name != part and len(theirs):
-                at = np.minimum(np.searchsorted(theirs, words), len(theirs) - 1)
-                taken |= theirs[at] == words
+            if name != part:
+                taken |= among(words, theirs)
         self._claims[part] = worker, np.sort(words[~taken])
         return taken
 

@@ -32,8 +32,8 @@ USUAL_BYTES = 3 << 18  # of a reply, the same; and what is in flight has to be h
 NUMBER_BYTES = 16 / 3  # of one number in base64
 LEAST_INPUTS = 32  # below it a request costs more than its texts
 SPREAD = 16  # requests that a small frame is spread over, to be worked on side by side
-ASCII_A_TOKEN = 3.0  # bytes, with a margin: English has 4, code and numbers about 3
-OTHERS_A_TOKEN = 2.0  # bytes of UTF-8
+LEAST_ASCII_BYTES = 3.0  # of a token, to stay within `MOST_TOKENS`: English has 4, code and numbers about 3
+LEAST_OTHER_BYTES = 2.0  # the same, in UTF-8
 
 _TRANSPORT = re.compile(r"encoding[_ ]?format|base64", re.I)
 
@@ -136,12 +136,12 @@ class Embedding:
         most = 0
         for number, text in zip(asked.tolist(), self._texts(asked), strict=True):
             size = len(text) if text.isascii() else len(text.encode())
-            taken = size / (ASCII_A_TOKEN if size == len(text) else OTHERS_A_TOKEN) + 1
-            if not texts:
-                most = self._most_inputs if self._crowded() else min(spread, self._usual(), self._most_inputs)
+            taken = size / (LEAST_ASCII_BYTES if size == len(text) else LEAST_OTHER_BYTES) + 1
             if texts and (len(texts) >= most or tokens + taken > self._most_tokens):
                 yield self._chunk(numbers, sizes, tokens), self._requests.embedding_body(texts, self.form)
                 numbers, texts, sizes, tokens = [], [], [], 0.0
+            if not texts:  # a request begins: what was learned since the last one holds for it
+                most = self._most_inputs if self._crowded() else min(spread, self._usual(), self._most_inputs)
             numbers.append(number)
             texts.append(text)
             sizes.append(size)

@@ -1,22 +1,22 @@
-"""A job under way: parts of the source are read, asked and written, one after the other and two at a time."""
+"""A job under way: a part of the source is written when it and all before it are whole and their answers are on disk.
+
+Two parts of a large source are under way at a time: while one has its last answers to come, the next is asked.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
 
 from llmframe import loops, runner
@@ -27,12 +27,12 @@ from llmframe.index import Index
 from llmframe.notices import say, warn
 from llmframe.options import Options, check_count
 from llmframe.pacing import Pacer
-from llmframe.planning import output_dtypes, prompts_of, rows_of
+from llmframe.planning import check_columns, output_dtypes, prompts_of, rows_of, select
 from llmframe.prepared import Prepared, ready, recall, reread
 from llmframe.prompts import Prompt, Prompts
-from llmframe.requests import Words, words_of
+from llmframe.requests import Words, among, words_of
 from llmframe.results import STATUSES, Usage, twin
-from llmframe.sinks import Sink, sweep
+from llmframe.sinks import Sink, sink_names, sweep, with_columns
 from llmframe.sources import Piece, Source, frame_of
 
 PART_ROWS = 16_384  # of a part: enough to be worth a plan, few enough that two of them are small
@@ -186,16 +186,20 @@ class Work:
         if paths.limit is not None:
             check_count("limit", paths.limit)
         self._source = Source(paths.source, paths.where, paths.limit)
-        self._sinks = _sinks(paths, self._source)
+        self._sinks = sink_names(paths.sink, self._source)
         self.total = Total(options, self._source.rows)
         # Of no rows, so that all that can be known of the call is checked before anything is asked.
-        for schema in reversed(self._source.schemas):
-            prompts = self._prompts(schema.empty_table())
-            self._call: Call = plan_call(prompts, options)
+        first, *others = {schema.serialize().to_pybytes(): schema for schema in self._source.schemas}.values()
+        prompts = self._prompts(first.empty_table())
+        self._call: Call = plan_call(prompts, options)
+        for schema in others:  # a client takes 20 ms to make, and one does for all files
+            like = self._prompts(schema.empty_table()).frame
+            check_columns(like, options, self._call.schema, select(like, options))
         warn_of_open_line(self._call.endpoint.url)
         self._open_checkpoint = functools.partial(open_checkpoint, prompts, options, self._call)
         self._checkpoint: Checkpoint | None = None
-        self._seen = _Seen()
+        self._seen = _Keys()
+        self._refreshed = _Keys()  # what this job itself has had answered, where answers of before do not count
         self._sink: Sink | None = None
         self.began = False
         """Whether there was something to write to, so that what stops it now leaves answers behind."""
@@ -347,10 +351,15 @@ class Work:
         if len(late):
             if before:
                 await asyncio.wait(before)
-            await loops.in_thread(lambda: self._recall_late(prepared, late))
+            kept = late
+            if self.options.refresh:  # of one that failed before, the disk has the answer that is not wanted any more
+                kept = late[self._refreshed.has(prepared.state.plan.keys[late])]
+            await loops.in_thread(lambda: self._recall_late(prepared, kept))
             late = late[np.isin(late, outcomes.pending())]
             if len(late) and asking:
                 await self._ask(prepared, late)
+        if self.options.refresh:
+            self._refreshed.add(prepared.state.plan.keys[outcomes.paid()])
         prepared.state.ended = time.monotonic()
 
     def _recall_late(self, prepared: Prepared, late: npt.NDArray[np.intp]) -> None:
@@ -383,7 +392,10 @@ class Work:
         self.total.finish(part.prepared)
 
     def _put(self, part: _Part) -> None:
-        answered, at = _answered(part), 0
+        if self._checkpoint is not None:
+            self._checkpoint.flush()
+        state, at = part.prepared.state, 0
+        answered = with_columns(part.table, state.frame()[[*output_dtypes(state.options, state.schema)]])
         for piece in part.pieces:
             where = self._sinks[piece.file]
             with _writing(where):
@@ -442,19 +454,23 @@ def _memory_given_back() -> Iterator[None]:
         pa.set_memory_pool(before)
 
 
-class _Seen:
-    """The requests of the parts so far, in 8 bytes each."""
+class _Keys:
+    """Requests of the parts so far, in 8 bytes each."""
 
     def __init__(self) -> None:
         self._sorted: list[Words] = []
 
-    def add(self, keys: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
-        """Add a part's keys; which of them were there before."""
+    def has(self, keys: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
+        """Say which of some keys are there."""
         words = words_of(keys)
         known = np.zeros(len(words), np.bool_)
         for each in self._sorted:
-            at = np.minimum(np.searchsorted(each, words), len(each) - 1)
-            known |= each[at] == words
+            known |= among(words, each)
+        return known
+
+    def add(self, keys: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
+        """Add a part's keys; which of them were there before."""
+        words, known = words_of(keys), self.has(keys)
         if len(words):
             self._sorted.append(np.sort(words))
         while len(self._sorted) > 1 and len(self._sorted[-1]) * 2 > len(self._sorted[-2]):  # few arrays, and long ones
@@ -462,63 +478,5 @@ class _Seen:
         return known
 
 
-def _sinks(paths: Paths, source: Source) -> list[str]:
-    """Name the file that each of the source's files goes to."""
-    sink = paths.sink
-    if sink.endswith(".parquet") and os.path.isdir(os.path.expanduser(sink)):
-        raise ConfigurationError(f"{sink} is a directory; name a file, or a directory that does not end in .parquet")
-    if source.one_file and not os.path.isdir(sink):
-        if not sink.endswith(".parquet"):
-            raise ConfigurationError(f"{sink} is written as parquet; give it a name that ends in .parquet")
-        if "://" not in sink and not Path(sink).expanduser().parent.is_dir():
-            raise ConfigurationError(f"{sink} cannot be written: there is no {Path(sink).parent}; make it first")
-        sinks = [sink]
-    elif sink.endswith(".parquet"):
-        other = next((each for each in source.schemas if not each.equals(source.schemas[0])), None)
-        if other is not None:
-            raise ConfigurationError(
-                f"the files of {paths.source} have not all the same columns, and {sink} is one file; name a directory"
-            )
-        sinks = [sink] * len(source.names)
-    else:
-        sinks = [f"{sink.rstrip('/')}/{os.path.splitext(name)[0]}.parquet" for name in source.names]
-        twice = next((name for name, count in Counter(sinks).items() if count > 1), None)
-        if twice is not None:
-            raise ConfigurationError(f"two files of {paths.source} would be {twice}; rename one of them")
-    if source.holds(sinks):
-        raise ConfigurationError(f"{sink} is where the source is; write to another place")
-    return sinks
-
-
-def _answered(part: _Part) -> pa.Table:
-    """Give a part's rows as they were, with the new columns after them."""
-    state = part.prepared.state
-    names = list(output_dtypes(state.options, state.schema))
-    new = state.frame()[names].reset_index(drop=True)
-    for name in names:
-        if new[name].dtype == object:
-            new[name] = pd.array([_as_json(cell) for cell in new[name]], dtype="string")
-    made = pa.Table.from_pandas(new, preserve_index=False)
-    table = part.table
-    for name in names:
-        column = made[name]
-        table = table.append_column(made.schema.field(name), column)
-    return table.replace_schema_metadata(_metadata(part.table.schema.metadata, made.schema.metadata))
-
-
 def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
-
-
-def _as_json(cell: Any) -> str | None:
-    return None if cell is None else json.dumps(cell, ensure_ascii=False, default=str)
-
-
-def _metadata(source: Mapping[bytes, bytes] | None, new: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
-    """Add the new columns to what pandas has noted of the old ones; without it they would come back as other types."""
-    kept = dict(source or {})
-    added = json.loads(new[b"pandas"])
-    noted = json.loads(kept[b"pandas"]) if b"pandas" in kept else {**added, "columns": [], "index_columns": []}
-    noted["columns"] = [*noted["columns"], *added["columns"]]
-    kept[b"pandas"] = json.dumps(noted).encode()
-    return kept

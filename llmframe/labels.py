@@ -6,7 +6,6 @@ An answer that is none of them is never guessed at: it is `Unfit`, with the reas
 from __future__ import annotations
 
 import enum
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +18,9 @@ import pandas as pd
 from llmframe.errors import SchemaError
 from llmframe.messages import well_formed
 from llmframe.repair import Unfit
+from llmframe.strict import API_NAME
 
 PROPERTY = "label"  # what a label is called where the output's name will not do
-
-
-_API_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # what the API takes as the name of a json_schema
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,5 +149,5 @@ def read_labels(schema: Sequence[Any], output: str = PROPERTY) -> Labels:
     for label in values:
         if isinstance(label, str) and (not label or label.strip() != label):
             raise SchemaError(f"the label {label!r} is empty or has white space around it; write it without")
-    name = output if _API_NAME.fullmatch(output) else PROPERTY
+    name = output if API_NAME.fullmatch(output) else PROPERTY
     return Labels(values, name)

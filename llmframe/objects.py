@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
@@ -28,8 +27,9 @@ from pydantic_core.core_schema import DataclassField, DecimalSchema, ModelField,
 from llmframe.errors import LLMFrameError, SchemaError
 from llmframe.messages import well_formed
 from llmframe.repair import QUOTED, Unfit, read_answer
-from llmframe.results import text_dtype
+from llmframe.results import INT64, text_dtype
 from llmframe.strict import (
+    API_NAME,
     JsonSchema,
     canonical_form,
     check_required,
@@ -58,8 +58,6 @@ _JSON_KINDS = {
     list: ("array",),
     dict: ("object",),
 }
-_API_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_INT64 = range(-(1 << 63), 1 << 63)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -293,7 +291,7 @@ def _objects(
     validate: Callable[[Any], Any],
     properties: Callable[[Any], Mapping[str, Any]],
 ) -> Objects:
-    name = title if isinstance(title, str) and _API_NAME.fullmatch(title) else NAME
+    name = title if isinstance(title, str) and API_NAME.fullmatch(title) else NAME
     loose = is_loose(simple)
     if not loose:
         check_required(simple)
@@ -422,7 +420,7 @@ def _cell(value: Any, dtype: Any, name: str) -> Any:
             return datetime(day.year, day.month, day.day)
         if isinstance(dtype, pd.Int64Dtype):
             whole = int(value)
-            if whole not in _INT64:
+            if whole not in INT64:
                 raise Unfit(f"{name}: {value} is beyond 64 bits")
             if whole != value and not isinstance(value, str):
                 raise Unfit(f"{name}: {value!r:.80} is no whole number")

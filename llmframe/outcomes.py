@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from llmframe.results import SOURCES, STATUSES, Completion, Source, column_dtype, suffixes, typed
+from llmframe.results import PAID, SOURCES, STATUSES, Completion, Source, column_dtype, suffixes, typed
 from llmframe.vectors import Embeddings, Matrix
 
 NOT_ASKED = "not asked"
@@ -23,6 +23,7 @@ NOT_SELECTED = "not selected"
 _PENDING, _SKIPPED = STATUSES.index("pending"), STATUSES.index("skipped")
 _DUPLICATE = SOURCES.index("duplicate")
 _STATUS_CODES = {status: code for code, status in enumerate(STATUSES)}
+_PAID = [_STATUS_CODES[status] for status in sorted(PAID)]
 _SOURCE_CODES: dict[str | None, int] = {None: -1, **{source: code for code, source in enumerate(SOURCES)}}
 _NO_COUNT = -(1 << 63)
 _COUNTS = ("prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens")
@@ -117,6 +118,10 @@ class Outcomes:
     def pending(self) -> npt.NDArray[np.intp]:
         """Give the numbers of the requests without an outcome."""
         return np.flatnonzero(np.frombuffer(self._statuses, np.int8)[:-1] == _PENDING)
+
+    def paid(self) -> npt.NDArray[np.intp]:
+        """Give the numbers of the requests whose answer was paid for, now or once."""
+        return np.flatnonzero(np.isin(np.frombuffer(self._statuses, np.int8)[:-1], _PAID))
 
     def statuses(self, request_of: npt.NDArray[np.intp]) -> npt.NDArray[np.int8]:
         """Give each row's status, as its place in `STATUSES`."""

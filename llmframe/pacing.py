@@ -246,7 +246,7 @@ class Pacer:
             return math.inf
         wait_s, limit = 0.0, ""
         if self._starting and in_flight >= START_AT_ONCE and self._first_sent is not None:
-            wait_s = self._first_sent + (in_flight + 1 - START_AT_ONCE) * START_GAP_S - now
+            wait_s = max(0.0, self._first_sent + (in_flight + 1 - START_AT_ONCE) * START_GAP_S - now)
         amount = self.worth(tokens)
         if self._ticketed and (one_s := self._share.wait_s(now, amount)) > wait_s:
             wait_s, limit = one_s, "requests/min"
@@ -264,7 +264,7 @@ class Pacer:
             wait_s, limit = one_s, "requests/min" if one_s < SPACING_S else "retry-after"
         if limit:
             self._wanted, self._limit = False, limit
-        return max(0.0, wait_s)
+        return wait_s
 
     def _most_in_flight_by(self) -> str:
         """Say who keeps more from being in flight: a cap of the user's comes before what would bind anyway."""

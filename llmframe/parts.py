@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llmframe.requests import KEY_BYTES
-from llmframe.results import PAID, Completion
+from llmframe.results import INT64, PAID, Completion
 from llmframe.vectors import Embeddings
 
 __all__ = [
@@ -88,7 +88,6 @@ _UNSUMMED = b"%d " + b"#" * 10  # what stands in the place of the checksum while
 _PAID = pa.array(sorted(PAID))
 _DERIVED: Mapping[str, object] = {"parsed": None, "source": "checkpoint"}  # not stored
 _FIELDS = tuple(field.name for field in fields(Completion))
-_INT64 = range(-(1 << 63), 1 << 63)
 
 Row = tuple[bytes, Completion, int]
 """A key, its completion, and when it was answered, in microseconds since 1970."""
@@ -471,7 +470,7 @@ def _fitting(value: Any) -> Any:
         return _well_formed(value)
     if isinstance(value, list):
         return [_fitting(each) for each in value]
-    if isinstance(value, int) and value not in _INT64:
+    if isinstance(value, int) and value not in INT64:
         return None
     return value
 

@@ -157,6 +157,15 @@ def words_of(keys: npt.NDArray[np.void]) -> Words:
     return keys.view(np.uint64).reshape(-1, KEY_BYTES // 8)[:, 0].copy() if len(keys) else np.empty(0, np.uint64)
 
 
+def among(words: Words, ordered: Words) -> npt.NDArray[np.bool_]:
+    """Say which of the words are among others, which are sorted."""
+    if not len(ordered):
+        return np.zeros(len(words), np.bool_)
+    at = np.minimum(np.searchsorted(ordered, words), len(ordered) - 1)
+    found: npt.NDArray[np.bool_] = ordered[at] == words
+    return found
+
+
 def text_bytes(body: bytes) -> int:
     """Give the bytes of a body that a model reads as text: all but the pictures that are written out in it."""
     if b'":"data:image/' not in body:

@@ -16,6 +16,7 @@ import pandas as pd
 Status = Literal["ok", "truncated", "filtered", "refused", "invalid", "failed", "skipped", "pending"]
 Source = Literal["request", "checkpoint", "duplicate"]
 
+INT64 = range(-(1 << 63), 1 << 63)  # what a column of whole numbers can hold
 SOURCES: tuple[Source, ...] = ("request", "checkpoint", "duplicate")
 
 STATUSES: tuple[Status, ...] = (

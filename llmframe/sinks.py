@@ -1,10 +1,15 @@
-"""Sinks: parquet files that have their name when they are whole and never before."""
+"""Sinks: parquet files that have their name when they are whole and never before.
+
+A row there is as it was in the source, with the new columns after its own.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -15,11 +20,71 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from llmframe.errors import ConfigurationError
-from llmframe.sources import filesystem_of
+from llmframe.sources import Source, filesystem_of
 from llmframe.storage import Directory, written
 
 GROUP_BYTES = 128 << 20  # of a row group that is held back until it is whole
 _LEFTOVER = re.compile(r"\.(?P<name>.+)-(?P<writer>[0-9a-f]{16})\.tmp")
+
+
+def sink_names(where: str, source: Source) -> list[str]:
+    """Name the file that each of the source's files goes to.
+
+    Raises
+    ------
+    ConfigurationError
+        Such a file cannot be, or is the source.
+    """
+    if where.endswith(".parquet") and os.path.isdir(os.path.expanduser(where)):
+        raise ConfigurationError(f"{where} is a directory; name a file, or a directory that does not end in .parquet")
+    if source.one_file and not os.path.isdir(where):
+        if not where.endswith(".parquet"):
+            raise ConfigurationError(f"{where} is written as parquet; give it a name that ends in .parquet")
+        if "://" not in where and not Path(where).expanduser().parent.is_dir():
+            raise ConfigurationError(f"{where} cannot be written: there is no {Path(where).parent}; make it first")
+        names = [where]
+    elif where.endswith(".parquet"):
+        other = next((each for each in source.schemas if not each.equals(source.schemas[0])), None)
+        if other is not None:
+            raise ConfigurationError(
+                f"the files of {source.where} have not all the same columns, and {where} is one file; name a directory"
+            )
+        names = [where] * len(source.names)
+    else:
+        names = [f"{where.rstrip('/')}/{os.path.splitext(name)[0]}.parquet" for name in source.names]
+        twice = next((name for name, count in Counter(names).items() if count > 1), None)
+        if twice is not None:
+            raise ConfigurationError(f"two files of {source.where} would be {twice}; rename one of them")
+    if source.holds(names):
+        raise ConfigurationError(f"{where} is where the source is; write to another place")
+    return names
+
+
+def with_columns(table: pa.Table, new: pd.DataFrame) -> pa.Table:
+    """Give rows as they were, with new columns after their own; lists and dicts in these are JSON text."""
+    new = new.reset_index(drop=True)
+    for name in new:
+        if new[name].dtype == object:
+            new[name] = pd.array([_as_json(cell) for cell in new[name]], dtype="string")
+    made = pa.Table.from_pandas(new, preserve_index=False)
+    metadata = _metadata(table.schema.metadata, made.schema.metadata)
+    for field, column in zip(made.schema, made.columns, strict=True):
+        table = table.append_column(field, column)
+    return table.replace_schema_metadata(metadata)
+
+
+def _as_json(cell: Any) -> str | None:
+    return None if cell is None else json.dumps(cell, ensure_ascii=False, default=str)
+
+
+def _metadata(source: Mapping[bytes, bytes] | None, new: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
+    """Add the new columns to what pandas has noted of the old ones; without it they would come back as other types."""
+    kept = dict(source or {})
+    added = json.loads(new[b"pandas"])
+    noted = json.loads(kept[b"pandas"]) if b"pandas" in kept else {**added, "columns": [], "index_columns": []}
+    noted["columns"] = [*noted["columns"], *added["columns"]]
+    kept[b"pandas"] = json.dumps(noted).encode()
+    return kept
 
 
 class Sink:

@@ -102,6 +102,7 @@ class Source:
 
     def __init__(self, where: str, conditions: Sequence[str] = (), limit: int | None = None) -> None:
         filesystem, paths, base = _found(where)
+        self.where = where
         self._filesystem, self._paths = filesystem, paths
         self.names = tuple(os.path.relpath(path, base) if base else PurePosixPath(path).name for path in paths)
         """Of the files, under the directory they are in."""

@@ -8,6 +8,7 @@ description, so that the model reads it and the validation on return holds it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from llmframe.errors import SchemaError
 
 JsonSchema = dict[str, Any]
 
+API_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # what the API takes as the name of a json_schema
 KNOWN = frozenset({"type", "enum", "anyOf", "items", "properties", "required", "additionalProperties", "$ref", "$defs"})
 DROPPED = frozenset(
     {

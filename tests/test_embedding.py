@@ -10,12 +10,13 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openai
+import orjson
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -25,11 +26,14 @@ from hypothesis import strategies as st
 import llmframe
 from llmframe import accessor
 from llmframe.cli import main
+from llmframe.embedding import LEAST_INPUTS, MOST_INPUTS, SPREAD, USUAL_INPUTS, Embedding
 from llmframe.errors import BudgetExceeded, ConfigurationError, EndpointError, LLMFrameWarning, RowFailed, TemplateError
 from llmframe.messages import user
 from llmframe.options import embed_options
+from llmframe.planning import make_plan
 from llmframe.requests import Requests
 from llmframe.results import EMBEDDING_DETAILS, column_names
+from llmframe.texts import Texts
 from llmframe.vectors import read_vectors, shared_out
 from tests.server import SimulatedServer, embedding_of
 
@@ -203,6 +207,61 @@ def test_an_endpoint_that_takes_few_texts_at_once_is_learned(server: SimulatedSe
     assert max(paid(server).values()) == 1
     assert server.stats().failed["400"] < 60
     assert server.stats().answered < 320
+
+
+class Learned:
+    """What a run knows when a request begins."""
+
+    dimensions: int | None = None
+    crowded = False
+
+
+def sizes_of_requests(learned: Learned) -> Iterator[int]:
+    """Give how many texts each request takes, as it is begun; there are texts enough for a few of the largest."""
+    texts = Texts(rows(16_000), "text")
+    requests = Requests("e", "m", {}, api="embeddings")
+    plan = make_plan(texts, requests, np.ones(len(texts), np.bool_), dedupe=True)
+    made = Embedding(
+        requests,
+        texts,
+        plan,
+        None,
+        dimensions=lambda: learned.dimensions,
+        answered=lambda: 1,
+        crowded=lambda: learned.crowded,
+        tell=print,
+    )
+    for _, body in made.bodies(np.arange(len(plan.first))):
+        yield len(orjson.loads(body)["input"])
+
+
+def test_a_request_begun_when_the_length_of_a_vector_is_known_has_fewer_texts() -> None:
+    learned = Learned()
+    sizes = sizes_of_requests(learned)
+    assert [next(sizes), next(sizes)] == [USUAL_INPUTS, USUAL_INPUTS]
+    learned.dimensions = 1_536
+    assert LEAST_INPUTS <= next(sizes) < USUAL_INPUTS / 2
+
+
+def test_requests_begun_while_their_number_is_limited_have_as_many_texts_as_they_may() -> None:
+    learned = Learned()
+    sizes = sizes_of_requests(learned)
+    assert next(sizes) == USUAL_INPUTS
+    learned.crowded = True
+    assert next(sizes) == MOST_INPUTS
+    learned.crowded = False
+    assert next(sizes) == USUAL_INPUTS
+
+
+def test_an_endpoint_of_long_vectors_is_asked_for_fewer_at_once_after_its_first_answer(
+    server: SimulatedServer, embed: Embed
+) -> None:
+    frame = rows(4_000)
+    frame["text"] += " [[dimensions=1536]]"
+    assert is_right(embed(frame, max_concurrency=1), 1_536)
+    sizes = [len(request.body["input"]) for request in server.requests()]
+    assert sizes[0] == 4_000 // SPREAD
+    assert max(sizes[1:]) < 100
 
 
 # ---- what fails

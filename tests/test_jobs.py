@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -140,6 +141,68 @@ def test_rows_that_say_the_same_are_asked_once_however_far_apart(server: Simulat
     assert job.usage.prompt_tokens == out["response_prompt_tokens"].sum() == server.stats().prompt_tokens
     assert out["response_source"].value_counts().to_dict() == {"request": 99, "duplicate": 101, "checkpoint": 0}
     assert (out.loc[out["text"] == "same", "response"] == "echo: same").all()
+
+
+def test_a_refresh_gives_no_row_the_old_answer_of_one_that_now_fails(
+    server: SimulatedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_work, "PART_ROWS", 1)
+    source = tmp_path / "in.parquet"
+    pd.DataFrame({"text": ["same", "other", "same"]}).to_parquet(source)
+    run(server, source)
+    server.configure(status_all=400)
+    job = run(server, source, refresh=True)
+    assert out_of(source)["response_status"].tolist() == ["failed"] * 3
+    assert job.counts == {"failed": 3}
+
+
+def test_a_refresh_asks_rows_that_say_the_same_once(
+    server: SimulatedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_work, "PART_ROWS", 1)
+    source = tmp_path / "in.parquet"
+    pd.DataFrame({"text": ["same", "other", "same", "same"]}).to_parquet(source)
+    run(server, source)
+    run(server, source, refresh=True, details=True)
+    assert server.stats().received == 4
+    assert out_of(source)["response_source"].tolist() == ["request", "request", "duplicate", "duplicate"]
+
+
+def test_a_source_of_many_files_makes_one_client(
+    server: SimulatedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[None] = []
+    init = openai.AsyncOpenAI.__init__
+
+    def counted(client: Any, **keywords: Any) -> None:
+        made.append(None)
+        init(client, **keywords)
+
+    monkeypatch.setattr(openai.AsyncOpenAI, "__init__", counted)
+    (tmp_path / "in").mkdir()
+    for number in range(5):
+        frame = pd.DataFrame({"text": [f"row {number} {place}" for place in range(number + 1)], f"of {number}": 1})
+        frame.to_parquet(tmp_path / f"in/{number}.parquet")
+    assert run_to(server, tmp_path / "in", tmp_path / "out").counts == {"ok": 15}
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    ("column", "error", "said"),
+    [("txt", TemplateError, "did you mean 'txt'"), ("response", ConfigurationError, "has a column 'response' already")],
+)
+def test_what_is_wrong_with_one_file_of_many_is_known_before_anything_is_asked(
+    server: SimulatedServer, tmp_path: Path, column: str, error: type[Exception], said: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name in "abd":
+        pd.DataFrame({"text": [name]}).to_parquet(tmp_path / f"in/{name}.parquet")
+    pd.DataFrame({"text" if column == "response" else "other": ["c"], column: ["c"]}).to_parquet(
+        tmp_path / "in/c.parquet"
+    )
+    with pytest.raises(error, match=said):
+        run_to(server, tmp_path / "in", tmp_path / "out")
+    assert server.stats().received == 0
 
 
 def test_limit_takes_the_first_rows(server: SimulatedServer, source: Path) -> None:
@@ -310,6 +373,22 @@ def test_two_jobs_to_one_sink_are_in_each_others_way_nowhere(server: SimulatedSe
         sink.finish()
         assert pq.read_table(source.with_name("out.parquet")).equals(table)
     assert {path.name for path in source.parent.iterdir()} == {"in.parquet", "out.parquet"}
+
+
+def test_no_row_is_in_the_sink_before_its_answer_is_on_disk(
+    server: SimulatedServer, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Sink.write
+    early: list[str] = []
+
+    def looked_at(sink: Sink, table: pa.Table, ends_group: bool) -> None:
+        kept = set(llmframe.read_checkpoint(source.with_name("out.parquet.checkpoint"))["text"])
+        early.extend(set(table["response"].to_pylist()) - kept)
+        write(sink, table, ends_group)
+
+    monkeypatch.setattr(Sink, "write", looked_at)
+    assert run(server, source).rows == 100
+    assert not early
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to one process here")

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from llmframe.limits import RateHeaders
 from llmframe.pacing import Caps, Moment, Pacer
 from llmframe.rates import Cap, Share
+from llmframe.window import START_AT_ONCE
 from tests.simulation import Outcome, Server, Simulation, simulate
 
 SEEDS = range(6)
@@ -412,6 +413,16 @@ def test_a_share_of_max_concurrency_is_named_as_such_and_not_as_connections() ->
     pacer.sent(0.0, 10)
     assert pacer.wait_s(0.0, 10) == math.inf
     assert pacer.limited_by == "max_concurrency"
+
+
+def test_a_start_that_no_answer_has_ended_yet_is_limited_by_nothing_once_its_time_has_come() -> None:
+    pacer = Pacer(Caps(), 0.0)
+    for _ in range(START_AT_ONCE):
+        assert pacer.wait_s(0.0, 1) == 0.0
+        pacer.sent(0.0, 1)
+    assert 0.0 < pacer.wait_s(0.0, 1) < math.inf
+    assert pacer.wait_s(9.0, 1) == 0.0
+    assert pacer.limited_by == ""
 
 
 def test_what_is_left_takes_at_least_what_the_known_limits_allow() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from llmframe.errors import ConfigurationError
 from llmframe.messages import user
-from llmframe.requests import OURS, Requests, canonical, identity
+from llmframe.requests import OURS, Requests, among, canonical, identity
 from llmframe.schemas import Labels
 
 OPENAI = "https://api.openai.com/v1"
@@ -208,3 +208,9 @@ def test_the_spelling_of_a_url_is_not_in_its_identity(
     assert identity(f"{scheme}://me:secret@{host}{at}{path}") == made
     default = {"http": 80, "https": 443}[scheme]
     assert (identity(f"{scheme}://{host}:{default}{path}") == made) == (port in (None, default))
+
+
+@given(st.lists(st.integers(0, 9)), st.lists(st.integers(0, 9)))
+def test_words_are_found_among_sorted_ones(words: list[int], others: list[int]) -> None:
+    found = among(np.array(words, np.uint64), np.sort(np.array(others, np.uint64)))
+    assert found.tolist() == [word in others for word in words]

@@ -45,9 +45,10 @@ WORDS = (
 CHUNK, IN_FLIGHT = 512, 16  # of the way written by hand, the best of those tried
 
 
-def texts(count: int) -> list[str]:
-    """Make texts of a review's sentence each, all different."""
-    return [f"review {number}: {' '.join(WORDS[number % 7 :])}" for number in range(count)]
+def texts(count: int, dimensions: int | None = None) -> list[str]:
+    """Make texts of a review's sentence each, all different; the server gives them vectors of that length unasked."""
+    wish = "" if dimensions is None else f" [[dimensions={dimensions}]]"
+    return [f"review {number}: {' '.join(WORDS[number % 7 :])}{wish}" for number in range(count)]
 
 
 def by_llmframe(base_url: str, frame: pd.DataFrame, dimensions: int) -> Any:
@@ -61,6 +62,14 @@ def by_llmframe(base_url: str, frame: pd.DataFrame, dimensions: int) -> Any:
 def without_checkpoint(base_url: str, frame: pd.DataFrame, dimensions: int) -> Any:
     """The same, and nothing is kept."""
     return frame.llm.embed("text", model="bench", base_url=base_url, dimensions=dimensions, progress=False)["embedding"]
+
+
+def unasked(base_url: str, frame: pd.DataFrame, dimensions: int) -> Any:
+    """As the first, and no length is passed: what a reply will hold is known when the first has come."""
+    with tempfile.TemporaryDirectory() as directory:
+        return frame.llm.embed("text", model="bench", base_url=base_url, checkpoint=directory, progress=False)[
+            "embedding"
+        ]
 
 
 def by_gather(base_url: str, frame: pd.DataFrame, dimensions: int) -> Any:
@@ -84,7 +93,13 @@ def by_gather(base_url: str, frame: pd.DataFrame, dimensions: int) -> Any:
     return pd.Series(asyncio.run(ask_all()), dtype=object)
 
 
-WAYS = {"llmframe": by_llmframe, "without a checkpoint": without_checkpoint, "AsyncOpenAI + gather": by_gather}
+UNASKED = "no length passed"
+WAYS = {
+    "llmframe": by_llmframe,
+    UNASKED: unasked,
+    "without a checkpoint": without_checkpoint,
+    "AsyncOpenAI + gather": by_gather,
+}
 
 
 def main() -> None:
@@ -113,7 +128,7 @@ def main() -> None:
 
 
 def _measured(way: str, base_url: str, rows: int, dimensions: int) -> tuple[float, float, float, float]:
-    frame = pd.DataFrame({"text": texts(rows)})
+    frame = pd.DataFrame({"text": texts(rows, dimensions if way == UNASKED else None)})
     before, began, cpu = peak_mb(), time.perf_counter(), time.process_time()
     column = WAYS[way](base_url, frame, dimensions)
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
