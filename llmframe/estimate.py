@@ -18,13 +18,13 @@ import numpy.typing as npt
 
 from llmframe import runner
 from llmframe.budget import ANSWER_LIMITS
-from llmframe.checkpoint import Checkpoint
 from llmframe.errors import ConfigurationError
 from llmframe.options import Options, answers_asked, check_count
 from llmframe.planning import Plan
 from llmframe.prices import PriceOf
 from llmframe.prompts import Missing, Prompts
 from llmframe.results import Completion, Usage
+from llmframe.shelf import Shelf
 from llmframe.texts import text_of
 from llmframe.tokens import Counter, counter_for
 
@@ -214,7 +214,7 @@ def _keyless(options: Options) -> Options:
 def _kept(options: Options, plan: Plan, schema: Any) -> Mapping[int, Completion]:
     assert options.checkpoint is not None
     found: dict[int, Completion] = {}
-    checkpoint = Checkpoint.look(options.checkpoint)
+    checkpoint = Shelf.at(options.checkpoint)
     if options.embeds:
         for number, completion in () if checkpoint is None else checkpoint.find(plan.keys):
             if completion.status == "ok":

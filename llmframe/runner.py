@@ -21,7 +21,7 @@ import numpy.typing as npt
 from llmframe import answers, endpoint, loops, replicas
 from llmframe.asking import Accepted, Asking
 from llmframe.budget import Bound, Budget, most_completion_tokens
-from llmframe.checkpoint import OTHER_ROWS, Checkpoint, Origin
+from llmframe.checkpoint import Checkpoint, Origin
 from llmframe.collecting import rare_collections
 from llmframe.embedding import Embedding
 from llmframe.endpoint import Endpoint
@@ -393,7 +393,7 @@ def tell(prepared: Prepared, found: int) -> None:
         say(f"{found:,} of {total:,} answers are in {where}; {rest}", quiet=quiet)
     elif not state.options.refresh and total and checkpoint.held:
         why = checkpoint.differs()
-        if why in (None, OTHER_ROWS):  # the other half of a frame, as often as not
+        if why is None:  # the other half of a frame, as often as not
             say(f"none of the {checkpoint.held:,} answers in {where} is for these rows; asking {total:,}", quiet=quiet)
         else:
             warn(f"0 of {checkpoint.held:,} answers in {where} fit: {why}; asking {total:,}")
