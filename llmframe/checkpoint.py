@@ -35,7 +35,7 @@ FLUSH_CHARACTERS = 64 << 20  # characters of text, or bytes of vectors, after wh
 class Checkpoint:
     """A directory of answers, open for one run: what others left is found, what is new is added.
 
-    `add` may run while another thread is in `flush`; one thread at a time may call `add`.
+    `add` may run while other threads are in `flush` and `supersede`; one thread at a time may call `add`.
     """
 
     @classmethod
@@ -70,6 +70,7 @@ class Checkpoint:
         self._rows: list[Row | Rows] = []
         self._characters = 0
         self._answered_at = 0
+        self._timing = threading.Lock()
         self._flushed = time.monotonic()
         self._flushing = threading.Lock()
 
@@ -123,7 +124,8 @@ class Checkpoint:
     def supersede(self, keys: npt.NDArray[np.void]) -> None:
         """Let the answers to come win over those on disk to these keys, though another clock was ahead of this one."""
         newest = self._shelf.newest(keys)
-        self._answered_at = max(self._answered_at, newest)
+        with self._timing:
+            self._answered_at = max(self._answered_at, newest)
 
     def add(self, key: bytes, completion: Completion) -> None:
         """Take an answer, to be made durable by the next `flush`."""
@@ -138,8 +140,9 @@ class Checkpoint:
 
     def _later(self) -> int:
         """Give the time in microseconds, or one after the last that was given: of two answers the later one wins."""
-        self._answered_at = max(time.time_ns() // 1_000, self._answered_at + 1)
-        return self._answered_at
+        with self._timing:
+            self._answered_at = max(time.time_ns() // 1_000, self._answered_at + 1)
+            return self._answered_at
 
     def due(self, now: float) -> bool:
         """Say whether it is time to flush, by `time.monotonic`; not while a flush is under way."""

@@ -194,6 +194,38 @@ def test_what_supersedes_an_answer_is_given_back_though_the_clock_of_the_first_w
     assert found(tmp_path, range(2))[1].text == "new"
 
 
+def test_what_supersedes_an_answer_while_another_is_added_is_given_back_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time_ns()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time_ns", lambda: now + 60 * 10**9)
+        save(tmp_path, {1: answer("old")})
+    checkpoint = Checkpoint.open(tmp_path, ORIGIN)
+    superseding = threading.Thread(target=checkpoint.supersede, args=[packed([key(1)])])
+
+    class Now(int):
+        """The time, in microseconds; when it is first compared with the last one, the other thread has its turn."""
+
+        def __floordiv__(self, _: int) -> Now:
+            return self
+
+        def __lt__(self, last: int) -> bool:
+            if superseding.ident is None:
+                superseding.start()
+                superseding.join(0.2)
+            return int(self) < last
+
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time_ns", lambda: Now(now // 1_000))
+        checkpoint.add(key(2), answer("other"))
+    superseding.join()
+    checkpoint.add(key(1), answer("new"))
+    checkpoint.close()
+
+    assert found(tmp_path, range(3)) == {1: answer("new"), 2: answer("other")}
+
+
 @given(
     st.lists(
         st.lists(st.tuples(st.integers(0, 5), st.sampled_from(STATUSES)), min_size=1, max_size=4),
