@@ -7,6 +7,7 @@ import datetime as dt
 import errno
 import functools
 import hashlib
+import inspect
 import io
 import itertools
 import logging
@@ -869,6 +870,14 @@ def test_a_frame_of_a_checkpoint_shows_what_was_answered_when_and_to_what(tmp_pa
     assert frame["template"].tolist() == [ORIGIN.template] * 2
     now = dt.datetime.now(dt.UTC)
     assert ((now - frame["answered_at"]).dt.total_seconds() < 60).all()
+
+
+def test_the_columns_of_a_frame_of_a_checkpoint_are_those_that_its_reference_names(tmp_path: Path) -> None:
+    save(tmp_path, {1: answer()})
+    reference = inspect.getdoc(read_checkpoint) or ""
+    returns = reference[reference.index("Its columns:") : reference.index("Raises")]
+    named = set(re.findall(r"``(\w+)``", returns)) - {"source", "ok"}
+    assert named == set(read_checkpoint(tmp_path).columns)
 
 
 def test_reading_a_checkpoint_that_is_not_there_makes_none(tmp_path: Path) -> None:
