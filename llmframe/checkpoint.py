@@ -28,8 +28,8 @@ from llmframe.vectors import Embeddings
 __all__ = ["Checkpoint", "Origin", "remove_checkpoint"]
 
 FLUSH_S = 1.0  # seconds between flushes: the answers of that time are all that a kill -9 can lose
-FLUSH_ROWS = 1_000  # answers after which a flush is due even sooner: of a fast endpoint a second is many
-FLUSH_CHARACTERS = 64 << 20  # characters of text, or bytes of vectors, after which it is: they wait in memory
+FLUSH_ROWS = 1_000  # answers that make a flush due sooner: a fast endpoint gives more than that in a second
+FLUSH_CHARACTERS = 64 << 20  # characters of text, or bytes of vectors, that do so too: until a flush they take memory
 
 
 class Checkpoint:

@@ -15,8 +15,7 @@ import numpy.typing as npt
 from llmframe.index import Hits
 from llmframe.parts import Heads
 
-ID_WORDS = 2  # of the four 8-byte words of a key, those that rows are told apart by: no disk holds enough keys for two
-# different ones to have 16 bytes in common
+ID_WORDS = 2  # the words of a key, of its four, that rows are told apart by: 16 bytes do for all that a disk can hold
 
 
 @dataclass(frozen=True, slots=True, eq=False)
