@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from llmframe.accessor import LLMFrame, LLMSeries
 from llmframe.arrivals import await_dask
-from llmframe.checkpoint import read_checkpoint
+from llmframe.checkpoint_frame import read_checkpoint
 from llmframe.errors import (
     BudgetExceeded,
     CheckpointError,

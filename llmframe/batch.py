@@ -42,6 +42,7 @@ from llmframe.prompts import Prompts
 from llmframe.requests import identity
 from llmframe.results import STATUSES, Completion, Usage
 from llmframe.schemas import Schema
+from llmframe.shelf import Shelf
 from llmframe.state import State
 
 TRIES = 4  # looks of a submission at an endpoint that is away, before it leaves the rest to `wait`
@@ -322,7 +323,7 @@ class BatchJob:
     def _lines_again(self, ledger: Ledger) -> Iterator[bytes]:
         """Give the lines that are to be asked again: not those that were answered elsewhere meanwhile."""
         plan = self._kept.plan
-        checkpoint = Checkpoint.look(self._place.found(ledger.terms.checkpoint))
+        checkpoint = Shelf.at(self._place.found(ledger.terms.checkpoint))
         found = {} if checkpoint is None else dict(checkpoint.find(plan.keys))
         answered = {plan.keys[number].tobytes() for number in found}
         for part in ledger.parts:
@@ -349,7 +350,7 @@ class BatchJob:
         outcomes = Outcomes(len(plan.keys))
         for number, reason in plan.unreadable.items():
             outcomes.put(number, Completion(status="failed", error=reason))
-        checkpoint = Checkpoint.look(self._place.found(terms.checkpoint))
+        checkpoint = Shelf.at(self._place.found(terms.checkpoint))
         if checkpoint is not None and terms.api == "embeddings":
             _recall_embeddings(outcomes, checkpoint, rows)
         elif checkpoint is not None:
@@ -601,7 +602,7 @@ class _Going:
         return (time.monotonic() if self.ended is None else self.ended) - self.started
 
 
-def _recall_embeddings(outcomes: Outcomes, checkpoint: Checkpoint, rows: Rows) -> None:
+def _recall_embeddings(outcomes: Outcomes, checkpoint: Shelf, rows: Rows) -> None:
     """Take the vectors that the checkpoint holds, all of one length."""
     for places, table in checkpoint.tables(rows.plan.keys):
         read = embeddings(table)

@@ -7,7 +7,7 @@ import os
 
 import pandas as pd
 
-from llmframe.checkpoint import read_checkpoint
+from llmframe.checkpoint_frame import read_checkpoint
 from llmframe.cli_words import OK, Verbs, report
 from llmframe.errors import ConfigurationError
 from llmframe.sinks import write_whole

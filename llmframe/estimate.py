@@ -19,7 +19,6 @@ import numpy.typing as npt
 from llmframe import runner
 from llmframe.budget import ANSWER_LIMITS
 from llmframe.call import LOCAL, plan_call
-from llmframe.checkpoint import Checkpoint
 from llmframe.errors import ConfigurationError
 from llmframe.options import Options, answers_asked, check_count
 from llmframe.planning import Plan
@@ -27,6 +26,7 @@ from llmframe.prepared import ready, take
 from llmframe.prices import PriceOf
 from llmframe.prompts import Missing, Prompts
 from llmframe.results import Completion, Usage
+from llmframe.shelf import Shelf
 from llmframe.texts import text_of
 from llmframe.tokens import Counter, counter_for
 
@@ -180,7 +180,7 @@ def _look(prompts: Prompts, options: Options, enough: int) -> _Look:
     call = plan_call(prompts, options if options.client is not None else _keyless(options))
     assert options.model is not None
     state = ready(prompts, options, call, None).state
-    held = None if options.checkpoint is None or options.refresh else Checkpoint.look(options.checkpoint)
+    held = None if options.checkpoint is None or options.refresh else Shelf.at(options.checkpoint)
     if held is not None:
         take(state, held)
     outcomes = state.outcomes

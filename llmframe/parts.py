@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from itertools import repeat
 from operator import attrgetter, itemgetter
 from types import TracebackType
@@ -23,6 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from llmframe.messages import well_formed
+from llmframe.origins import Origin
 from llmframe.requests import KEY_BYTES
 from llmframe.results import INT64, PAID, Completion
 from llmframe.vectors import Embeddings
@@ -33,14 +35,13 @@ __all__ = [
     "Heads",
     "NewerFormat",
     "NotAPart",
-    "Origin",
     "Part",
     "PartWriter",
     "Rows",
     "Unread",
     "completions",
     "embeddings",
-    "encode",
+    "renumbered",
     "write_rows",
 ]
 
@@ -168,37 +169,6 @@ class NewerFormat(Exception):
     """The file is ours, of a format that this version would misread."""
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """What a part's answers were asked with: for people, and to say what differs.
-
-    It holds no row data and no secret.
-
-    Attributes
-    ----------
-    endpoint : str
-        The endpoint's identity.
-    api : str
-        ``chat`` or ``responses``.
-    model : str
-        The model asked for.
-    template : str
-        The prompt before a row fills it.
-    parameters : str
-        Every other API parameter, as canonical JSON.
-    """
-
-    endpoint: str
-    api: str
-    model: str
-    template: str
-    parameters: str
-
-    def well_formed(self) -> Origin:
-        """Return the same origin with lone surrogates replaced, as a file needs it."""
-        return Origin(*map(_well_formed, astuple(self)))
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Heads:
     """What decides which row of a key is given back, for every row of a part, in order."""
@@ -206,13 +176,6 @@ class Heads:
     keys: npt.NDArray[np.void]
     paid: npt.NDArray[np.bool_]
     answered_at: npt.NDArray[np.int64]
-
-
-def encode(rows: Sequence[Row | Rows], origin: Origin) -> pa.Buffer:
-    """Give rows as the bytes of one part."""
-    sink = pa.BufferOutputStream()
-    write_rows(sink, rows, origin)
-    return sink.getvalue()
 
 
 def write_rows(file: pa.NativeFile | IO[bytes], rows: Sequence[Row | Rows], origin: Origin) -> None:
@@ -457,6 +420,15 @@ class PartWriter:
             self._writer.write_table(table, row_group_size=max(1, table.num_rows))
 
 
+def renumbered(table: pa.Table, numbers: Sequence[int]) -> pa.Table:
+    """Point each row to its origin's number in another part."""
+    index = COLUMNS.get_field_index("origin")
+    old = table["origin"].to_numpy(zero_copy_only=False)  # floats where one is null
+    known = (old >= 0) & (old < len(numbers))
+    new = np.asarray(numbers or [0], np.int32)[np.where(known, old, 0).astype(np.int64)]
+    return table.set_column(index, COLUMNS.field(index), pa.array(new, pa.int32(), mask=~known))
+
+
 def _column(values: list[Any], type_: pa.DataType) -> pa.Array | pa.ChunkedArray:
     try:
         return pa.array(values, type_)
@@ -467,16 +439,12 @@ def _column(values: list[Any], type_: pa.DataType) -> pa.Array | pa.ChunkedArray
 
 def _fitting(value: Any) -> Any:
     if isinstance(value, str):
-        return _well_formed(value)
+        return well_formed(value)
     if isinstance(value, list):
         return [_fitting(each) for each in value]
     if isinstance(value, int) and value not in INT64:
         return None
     return value
-
-
-def _well_formed(text: str) -> str:
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _keys(array: pa.Array) -> npt.NDArray[np.void]:

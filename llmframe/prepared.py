@@ -13,7 +13,7 @@ import pyarrow as pa
 from llmframe.asking import Accepted
 from llmframe.budget import Budget
 from llmframe.call import Call
-from llmframe.checkpoint import OTHER_ROWS, Checkpoint
+from llmframe.checkpoint import Checkpoint
 from llmframe.endpoint import Endpoint
 from llmframe.engine import Policy
 from llmframe.notices import say, warn
@@ -190,7 +190,7 @@ def tell(prepared: Prepared, found: int) -> None:
         say(f"{found:,} of {total:,} answers are in {where}; {rest}", quiet=quiet)
     elif not state.options.refresh and total and checkpoint.held:
         why = checkpoint.differs()
-        if why in (None, OTHER_ROWS):  # the other half of a frame, as often as not
+        if why is None:  # the other half of a frame, as often as not
             say(f"none of the {checkpoint.held:,} answers in {where} is for these rows; asking {total:,}", quiet=quiet)
         else:
             warn(f"0 of {checkpoint.held:,} answers in {where} fit: {why}; asking {total:,}")

@@ -7,9 +7,11 @@ up after others is settled by locks; where there are none (an object store), nob
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -20,9 +22,10 @@ import pyarrow as pa
 
 from llmframe.errors import CheckpointError, ConfigurationError
 
-__all__ = ["Bucket", "Directory", "Storage", "storage_at", "unreadable", "written"]
+__all__ = ["Bucket", "Directory", "Names", "Storage", "storage_at", "unreadable", "writer_of", "written"]
 
 LOCK_S = 10.0  # a lock of our own is contended only while somebody looks whether we are alive
+_PART = re.compile(r"part-(?P<writer>[0-9a-f]+)-[0-9]+\.parquet")
 _LEFTOVER = re.compile(r"\.(?:part|probe)-(?P<writer>[0-9a-f]+)\b.*\.tmp")
 _LOCK = re.compile(r"\.(?P<writer>[0-9a-f]+)\.lock")
 
@@ -63,6 +66,25 @@ class Storage(Protocol):
 
     def sweep(self) -> None:
         """Delete what dead writers left unfinished."""
+
+
+class Names:
+    """The names of one writer's parts. Writers and their parts sort by age."""
+
+    def __init__(self) -> None:
+        self.writer = f"{time.time_ns() // 1_000_000:012x}{os.urandom(5).hex()}"
+        """What the writer is called."""
+        self._numbers = itertools.count(1)
+
+    def new(self) -> str:
+        """Give a name that no part has had."""
+        return f"part-{self.writer}-{next(self._numbers):06d}.parquet"
+
+
+def writer_of(name: str) -> str | None:
+    """Say who wrote the part of this name; None if it is not the name of a part."""
+    match = _PART.fullmatch(name)
+    return match["writer"] if match else None
 
 
 def storage_at(path: str | os.PathLike[str]) -> Storage:

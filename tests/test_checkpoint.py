@@ -7,6 +7,7 @@ import datetime as dt
 import errno
 import functools
 import hashlib
+import inspect
 import io
 import itertools
 import logging
@@ -29,13 +30,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmframe.checkpoint import FANOUT, FLUSH_ROWS, FLUSH_S, Checkpoint, Origin, read_checkpoint
+from llmframe import read_checkpoint
+from llmframe.checkpoint import FLUSH_ROWS, FLUSH_S, Checkpoint, Origin
 from llmframe.errors import CheckpointError, ConfigurationError, LLMFrameWarning
 from llmframe.index import Hits, Index
-from llmframe.parts import COLUMNS, NewerFormat, NotAPart, Part, completions, encode
+from llmframe.merging import FANOUT
+from llmframe.parts import COLUMNS, NewerFormat, NotAPart, Part, completions
 from llmframe.requests import packed
 from llmframe.results import PAID, STATUSES, Completion
-from llmframe.storage import Directory
+from llmframe.shelf import Shelf
+from llmframe.storage import Directory, storage_at
+from tests.encoding import encode
 
 ORIGIN = Origin("http://localhost:8000/v1", "chat", "gpt-4o-mini", "Good?\n\n{review}", '{"temperature":0}')
 
@@ -56,7 +61,7 @@ def save(path: str | os.PathLike[str], answers: dict[int, Completion], *, origin
     checkpoint.close(tidy=False)
 
 
-def asked(checkpoint: Checkpoint, numbers: Sequence[int]) -> Iterator[tuple[int, Completion]]:
+def asked(checkpoint: Checkpoint | Shelf, numbers: Sequence[int]) -> Iterator[tuple[int, Completion]]:
     """What a checkpoint has for these numbers."""
     return ((numbers[place], each) for place, each in checkpoint.find(packed(map(key, numbers))))
 
@@ -190,6 +195,38 @@ def test_what_supersedes_an_answer_is_given_back_though_the_clock_of_the_first_w
     assert found(tmp_path, range(2))[1].text == "new"
 
 
+def test_what_supersedes_an_answer_while_another_is_added_is_given_back_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time_ns()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time_ns", lambda: now + 60 * 10**9)
+        save(tmp_path, {1: answer("old")})
+    checkpoint = Checkpoint.open(tmp_path, ORIGIN)
+    superseding = threading.Thread(target=checkpoint.supersede, args=[packed([key(1)])])
+
+    class Now(int):
+        """The time, in microseconds; when it is first compared with the last one, the other thread has its turn."""
+
+        def __floordiv__(self, _: int) -> Now:
+            return self
+
+        def __lt__(self, last: int) -> bool:
+            if superseding.ident is None:
+                superseding.start()
+                superseding.join(0.2)
+            return int(self) < last
+
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time_ns", lambda: Now(now // 1_000))
+        checkpoint.add(key(2), answer("other"))
+    superseding.join()
+    checkpoint.add(key(1), answer("new"))
+    checkpoint.close()
+
+    assert found(tmp_path, range(3)) == {1: answer("new"), 2: answer("other")}
+
+
 @given(
     st.lists(
         st.lists(st.tuples(st.integers(0, 5), st.sampled_from(STATUSES)), min_size=1, max_size=4),
@@ -310,7 +347,7 @@ def test_merged_parts_keep_the_origin_of_each_row(tmp_path: Path) -> None:
 
 
 def test_a_merge_that_fails_loses_nothing_and_stops_nothing(tmp_path: Path, caplog, monkeypatch) -> None:
-    from llmframe import checkpoint as module
+    from llmframe import merging as module
 
     class Broken(module.PartWriter):
         def write(self, *_: object) -> None:
@@ -349,14 +386,11 @@ def test_a_reader_finds_every_answer_once_while_its_parts_are_merged_away(tmp_pa
 
 
 def test_a_reader_between_two_parts_meets_what_a_merge_moves_behind_it(tmp_path: Path) -> None:
-    from llmframe.checkpoint import _Parts
-    from llmframe.storage import storage_at
-
     writer = Checkpoint.open(tmp_path, ORIGIN)
     for number in range(FANOUT - 1):
         writer.add(key(number), answer())
         writer.flush()
-    reading = _Parts(storage_at(tmp_path), "here").read(Part.heads)
+    reading = Shelf(storage_at(tmp_path), "here").read(Part.heads)
     met = [next(reading)]
 
     writer.add(key(FANOUT - 1), answer())
@@ -401,7 +435,7 @@ def test_no_thread_is_left_after_close(tmp_path: Path) -> None:
 
 
 def test_a_part_torn_at_any_length_is_never_read() -> None:
-    data = encode([(key(number), answer(str(number)), number) for number in range(20)], ORIGIN).to_pybytes()
+    data = encode([(key(number), answer(str(number)), number) for number in range(20)], ORIGIN)
 
     for length in range(len(data)):
         with pytest.raises(NotAPart):
@@ -417,7 +451,7 @@ def give(data: bytes) -> dict[bytes, Completion]:
 
 
 SOUND = {key(number): answer(str(number), prompt_tokens=number, cost_usd=number / 8) for number in range(40)}
-SOUND_PART = encode([(each, SOUND[each], number) for number, each in enumerate(SOUND)], ORIGIN).to_pybytes()
+SOUND_PART = encode([(each, SOUND[each], number) for number, each in enumerate(SOUND)], ORIGIN)
 
 
 FOOTER_AT = len(SOUND_PART) - 8 - int.from_bytes(SOUND_PART[-8:-4], "little")  # the format ends so
@@ -490,7 +524,7 @@ def test_whichever_reading_of_a_disk_fails_a_part_is_not_taken_for_a_torn_one(
     tmp_path: Path, monkeypatch, failure: Exception, raised: type[Exception]
 ) -> None:
     save(tmp_path, {1: answer("one")})
-    checkpoint = Checkpoint.look(tmp_path)
+    checkpoint = Shelf.at(tmp_path)
     assert checkpoint is not None
     said = f"could not be read: {failure}; its answers" if raised is CheckpointError else str(failure)
 
@@ -709,7 +743,6 @@ def test_a_full_disk_stops_the_flush_and_loses_nothing_when_there_is_room_again(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    assert checkpoint.unsaved == 999
     assert found(tmp_path, range(1000)) == {0: answer()}
     assert not list(tmp_path.glob("*.tmp")) + list(tmp_path.glob(".*.tmp"))
     checkpoint.close()
@@ -723,7 +756,6 @@ def test_a_directory_deleted_half_way_stops_the_flush(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match=r"1 answers could not be saved in .*runs"):
         checkpoint.flush()
-    assert checkpoint.unsaved == 1
     with pytest.raises(CheckpointError):
         checkpoint.close()
     assert not (tmp_path / "runs").exists()
@@ -761,7 +793,7 @@ def test_a_new_directory_holds_nothing_and_nothing_differs(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("then", "said"),
     [
-        ({}, "the rows have changed since"),
+        ({}, None),
         ({"template": "Bad?"}, "the prompt has changed since"),
         ({"model": "gpt-4o"}, "the model was gpt-4o, now gpt-4o-mini"),
         ({"parameters": '{"temperature":0.2}'}, "temperature was 0.2, now 0"),
@@ -775,7 +807,7 @@ def test_a_new_directory_holds_nothing_and_nothing_differs(tmp_path: Path) -> No
         ({"parameters": '{"stop":"' + 50 * "x" + '","temperature":0}'}, "stop has changed since"),
     ],
 )
-def test_what_differs_is_said_in_words(tmp_path: Path, then: dict[str, str], said: str) -> None:
+def test_what_differs_is_said_in_words(tmp_path: Path, then: dict[str, str], said: str | None) -> None:
     save(tmp_path, {1: answer()}, origin=Origin("http://far/v1", "chat", "other", "{x}", "{}"))
     save(tmp_path, {1: answer()}, origin=dataclasses.replace(ORIGIN, **then))
     checkpoint = Checkpoint.open(tmp_path, ORIGIN)
@@ -838,6 +870,14 @@ def test_a_frame_of_a_checkpoint_shows_what_was_answered_when_and_to_what(tmp_pa
     assert frame["template"].tolist() == [ORIGIN.template] * 2
     now = dt.datetime.now(dt.UTC)
     assert ((now - frame["answered_at"]).dt.total_seconds() < 60).all()
+
+
+def test_the_columns_of_a_frame_of_a_checkpoint_are_those_that_its_reference_names(tmp_path: Path) -> None:
+    save(tmp_path, {1: answer()})
+    reference = inspect.getdoc(read_checkpoint) or ""
+    returns = reference[reference.index("Its columns:") : reference.index("Raises")]
+    named = set(re.findall(r"``(\w+)``", returns)) - {"source", "ok"}
+    assert named == set(read_checkpoint(tmp_path).columns)
 
 
 def test_reading_a_checkpoint_that_is_not_there_makes_none(tmp_path: Path) -> None:

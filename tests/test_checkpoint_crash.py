@@ -21,10 +21,11 @@ from typing import Any
 
 import pytest
 
-from llmframe.checkpoint import Checkpoint, Origin, read_checkpoint
-from llmframe.parts import encode
+from llmframe import read_checkpoint
+from llmframe.checkpoint import Checkpoint, Origin
 from llmframe.requests import packed
 from llmframe.results import Completion
+from tests.encoding import encode
 from tests.server import SimulatedServer
 
 ORIGIN = Origin("e", "chat", "m", "{x}", "{}")
@@ -382,7 +383,7 @@ def test_a_judge_of_traces_objects_to_a_name_before_the_bytes_and_a_deletion_bef
 
 
 def test_a_part_cut_at_every_length_is_reported_by_name_and_skipped(tmp_path: Path) -> None:
-    whole = encode([(bytes(32), Completion(text="kept", status="ok"), 1)], ORIGIN).to_pybytes()
+    whole = encode([(bytes(32), Completion(text="kept", status="ok"), 1)], ORIGIN)
     for length in range(len(whole) + 1):
         (tmp_path / f"part-0a-{length:06d}.parquet").write_bytes(whole[:length])
     with warnings.catch_warnings(record=True) as caught:

@@ -460,8 +460,10 @@ def test_answers_and_embeddings_live_in_one_checkpoint(server: SimulatedServer, 
 def test_a_part_of_before_there_were_embeddings_is_read(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
-    from llmframe.parts import COLUMNS, Origin, encode
+    from llmframe.origins import Origin
+    from llmframe.parts import COLUMNS
     from llmframe.results import Completion
+    from tests.encoding import encode
 
     name = "part-0123456789ab-000001.parquet"
     data = encode([(bytes(32), Completion(text="kept", status="ok"), 1)], Origin("e", "chat", "m", "t", "{}"))

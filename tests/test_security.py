@@ -28,10 +28,12 @@ from llmframe.checkpoint import Checkpoint
 from llmframe.cli import main
 from llmframe.errors import Interrupted, LLMFrameError, LLMFrameWarning, TemplateError
 from llmframe.options import gather
-from llmframe.parts import COLUMNS, Origin, encode
+from llmframe.origins import Origin
+from llmframe.parts import COLUMNS
 from llmframe.prompts import Prompts
 from llmframe.requests import packed
 from llmframe.results import Completion
+from tests.encoding import encode
 from tests.keys import keys_under
 from tests.server import SimulatedServer
 
@@ -245,7 +247,7 @@ def test_a_strangers_checkpoint_runs_no_code(tmp_path: Path) -> None:
 def test_a_link_out_of_the_directory_changes_nothing_outside_of_it(tmp_path: Path) -> None:
     outside, directory = tmp_path / "outside.parquet", tmp_path / "run"
     directory.mkdir()
-    outside.write_bytes(encode([(b"k" * 32, Completion(text="a", status="ok"), 1)], ORIGIN).to_pybytes())
+    outside.write_bytes(encode([(b"k" * 32, Completion(text="a", status="ok"), 1)], ORIGIN))
     before = outside.read_bytes()
     for number in range(8):  # enough of them to be merged away
         (directory / f"part-0{number}-000001.parquet").symlink_to(outside)

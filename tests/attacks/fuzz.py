@@ -28,14 +28,16 @@ from llmframe.errors import TemplateError
 from llmframe.failures import of_reply
 from llmframe.limits import RateHeaders, rate_headers, retry_after_s
 from llmframe.messages import well_formed
+from llmframe.origins import Origin
 from llmframe.outcomes import Outcomes
-from llmframe.parts import NewerFormat, NotAPart, Origin, Part, completions, encode
+from llmframe.parts import NewerFormat, NotAPart, Part, completions
 from llmframe.prices import Prices
 from llmframe.replies import read_json
 from llmframe.requests import Api
 from llmframe.results import PAID, Completion
 from llmframe.schemas import read_schema
 from llmframe.templates import read_template
+from tests.encoding import encode
 
 ROUND = 2_000  # examples of one seed
 RULES = settings(max_examples=ROUND, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -210,7 +212,7 @@ ROWS = [
     (bytes([n]) * 32, Completion(text=f"answer {n}", status="ok", prompt_tokens=n, source="checkpoint"), n)
     for n in range(30)
 ]
-SOUND = encode(ROWS, ORIGIN).to_pybytes()
+SOUND = encode(ROWS, ORIGIN)
 KNOWN = {key: answer for key, answer, _ in ROWS}
 EDITS = st.lists(
     st.tuples(st.sampled_from(["flip", "cut", "insert", "copy"]), st.integers(0, len(SOUND)), st.binary(max_size=8)),

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -30,6 +30,8 @@ import pandas as pd
 
 import llmframe
 from llmframe import checkpoint
+from llmframe.checkpoint import Checkpoint
+from llmframe.merging import Merger
 from tests.server import SimulatedServer, content_key
 
 MODEL = "m"
@@ -41,7 +43,8 @@ LOOK_S = 0.0002  # how often the killer looks whether the moment has come
 UNLIKE = ["response_source", "response_latency_s", "response_request_id"]  # what a run may say otherwise than another
 
 PHASES = ("start-up", "requests", "flush", "merge", "end")
-MARKED = {"flush": "flush", "merge": "_merge", "end": "close"}  # the methods of a checkpoint that are these phases
+MARKED = {"flush": (Checkpoint, "flush"), "merge": (Merger, "_merge"), "end": (Checkpoint, "close")}
+"""The methods that are these phases."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,21 +93,22 @@ def _marking(marks: Any) -> Iterator[None]:
     if marks is None:
         yield
         return
-    real = {phase: getattr(checkpoint.Checkpoint, name) for phase, name in MARKED.items()}
 
     def marked(phase: str) -> Callable[..., Any]:
-        place = 2 * PHASES.index(phase)
+        place, real = 2 * PHASES.index(phase), getattr(*MARKED[phase])
 
         def call(*arguments: Any, **keywords: Any) -> Any:
             marks[place] += 1
             try:
-                return real[phase](*arguments, **keywords)
+                return real(*arguments, **keywords)
             finally:
                 marks[place + 1] += 1
 
         return call
 
-    with patch.multiple(checkpoint.Checkpoint, **{name: marked(phase) for phase, name in MARKED.items()}):
+    with ExitStack() as patches:
+        for phase, (owner, name) in MARKED.items():
+            patches.enter_context(patch.object(owner, name, marked(phase)))
         yield
 
 
