@@ -429,9 +429,7 @@ class BatchJob:
     @asynccontextmanager
     async def _worker(self, api: BatchApi, keeper: Keeper | None) -> AsyncIterator[Worker]:
         """Be the one process at work on the job, on the ledger as it stands now."""
-        held = self._place.held()
-        await loops.in_thread(held.__enter__)
-        try:
+        async with loops.entered(self._place.held()):
             worker = Worker(self._place, api, keeper, self._access.poll_s, self._place.load())
             try:
                 yield worker
@@ -439,8 +437,6 @@ class BatchJob:
                 raise Away(str(refusal)) from refusal
             finally:
                 self._ledger = worker.ledger
-        finally:
-            held.__exit__(None, None, None)
 
     def _keeper(self) -> Keeper:
         terms, schema = self._ledger.terms, self._read()
