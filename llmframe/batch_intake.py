@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llmframe import runner
-from llmframe.batch_access import halved, kept_schema
+from llmframe.batch_access import kept_schema
 from llmframe.batch_ledger import Ledger, Place, Terms
 from llmframe.batch_plan import FileLimits, input_line
 from llmframe.batch_rows import Rows, digest_of, save_rows
@@ -24,6 +24,7 @@ from llmframe.budget import Bound, Budget
 from llmframe.errors import BudgetExceeded, ConfigurationError
 from llmframe.notices import say
 from llmframe.options import Options
+from llmframe.prices import halved
 from llmframe.prompts import Missing, Prompts
 from llmframe.requests import PATHS
 from llmframe.runner import Call
