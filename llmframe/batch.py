@@ -6,25 +6,23 @@ A job is a directory. Whatever process opens it goes on where the last one stopp
 from __future__ import annotations
 
 import asyncio
-import html
 import os
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from llmframe import answers, loops
+from llmframe import answers, batch_view, loops
 from llmframe.batch_access import Access, checked_poll
 from llmframe.batch_api import Away, BatchApi, Refused
 from llmframe.batch_intake import ANSWERS, check_call, keep_rows, plan_job
-from llmframe.batch_ledger import Busy, Ledger, Left, Place
+from llmframe.batch_ledger import Busy, Ledger, Place
 from llmframe.batch_plan import FileLimits, key_of
 from llmframe.batch_rows import Rows, digest_of, load_rows
+from llmframe.batch_state import state_of
 from llmframe.batch_work import Keeper, Worker, slower, write_parts
 from llmframe.call import plan_call, warn_of_open_line
 from llmframe.checkpoint import Checkpoint, Origin
@@ -32,15 +30,11 @@ from llmframe.embedding import read_embedding
 from llmframe.endpoint import Endpoint
 from llmframe.errors import ConfigurationError, EndpointError, Interrupted, LLMFrameError
 from llmframe.notices import say, warn
-from llmframe.options import POLL_S, Options, call_options, gather
-from llmframe.outcomes import Outcomes
-from llmframe.pacing import Pacer
-from llmframe.parts import embeddings
-from llmframe.prepared import reread
+from llmframe.options import POLL_S, Options, gather
 from llmframe.progress import Bar
 from llmframe.prompts import Prompts
 from llmframe.requests import identity
-from llmframe.results import STATUSES, Completion, Usage
+from llmframe.results import Completion, Usage
 from llmframe.schemas import Schema
 from llmframe.shelf import Shelf
 from llmframe.state import State
@@ -177,30 +171,12 @@ class BatchJob:
         answer that `resubmit` asks again), ``cost_usd``, ``batch`` (the provider's id), and ``error`` (why it came to
         nothing, or what is missing of it).
         """
-        rows = [
-            (
-                part.number,
-                part.requests,
-                _status_of(part),
-                part.done,
-                part.failed,
-                0 if part.taken else part.left,
-                part.cost_usd,
-                part.batch_id,
-                part.error,
-            )
-            for part in self._ledger.parts
-            if part.stage != "replaced"
-        ]
-        names = ["part", "requests", "status", "done", "failed", "left", "cost_usd", "batch", "error"]
-        return pd.DataFrame(rows, columns=names).astype({"cost_usd": "Float64"})
+        return batch_view.parts_frame(self._ledger)
 
     @property
     def counts(self) -> dict[str, int]:
         """Rows by status, those that occur, as `frame` would give them."""
-        state = self._state()
-        found = np.bincount(state.outcomes.statuses(state.plan.request_of), minlength=len(STATUSES))
-        return {status: int(count) for status, count in zip(STATUSES, found, strict=True) if count}
+        return self._state().counts
 
     @property
     def missing(self) -> int:
@@ -235,12 +211,12 @@ class BatchJob:
             At Ctrl-C; ``.frame`` holds the rows so far.
         """
         self._read()
-        going = _Going(self)
-        bar = Bar(going, self._access.options.progress)
+        awaited = batch_view.Awaited(lambda: self._ledger)
+        bar = Bar(awaited, self._access.options.progress)
         try:
             self._run(self._wait, bar.draw)
         finally:
-            going.ended = time.monotonic()
+            awaited.ended = time.monotonic()
             bar.close()
         return self
 
@@ -259,19 +235,20 @@ class BatchJob:
         ConfigurationError
             Another frame than was submitted; a pydantic model that cannot be found.
         """
-        if source is None and self._kept.left_out:
+        kept = self._kept
+        if source is None and kept.left_out:
             warn(
-                f"the job's directory could not keep the column(s) {', '.join(self._kept.left_out)}; pass the frame, "
+                f"the job's directory could not keep the column(s) {', '.join(kept.left_out)}; pass the frame, "
                 "job.frame(df), to have them"
             )
-        if source is not None and not (
-            len(source) == len(self._kept.frame) and source.index.equals(self._kept.frame.index)
-        ):
-            raise ConfigurationError(
-                f"this is not the frame that was submitted: it has {len(source):,} rows where the job has "
-                f"{len(self._kept.frame):,}, or another index"
-            )
-        return self._state(source).frame()
+        if source is not None:
+            if not (len(source) == len(kept.frame) and source.index.equals(kept.frame.index)):
+                raise ConfigurationError(
+                    f"this is not the frame that was submitted: it has {len(source):,} rows where the job has "
+                    f"{len(kept.frame):,}, or another index"
+                )
+            kept = replace(kept, frame=source)
+        return self._state(kept).frame()
 
     def cancel(self) -> BatchJob:
         """Send no more, and ask the provider to stop what runs; `wait` then takes what was done till then.
@@ -343,45 +320,9 @@ class BatchJob:
         """Find the schema that answers are read by, before anything is waited for."""
         return self._access.schema_of(self._ledger.terms, self.directory)
 
-    def _state(self, source: pd.DataFrame | None = None) -> State:
+    def _state(self, rows: Rows | None = None) -> State:
         """Put together what is known of each row."""
-        schema, rows, terms = self._read(), self._kept, self._ledger.terms
-        plan = rows.plan
-        outcomes = Outcomes(len(plan.keys))
-        for number, reason in plan.unreadable.items():
-            outcomes.put(number, Completion(status="failed", error=reason))
-        checkpoint = Shelf.at(self._place.found(terms.checkpoint))
-        if checkpoint is not None and terms.api == "embeddings":
-            _recall_embeddings(outcomes, checkpoint, rows)
-        elif checkpoint is not None:
-            for number, completion in checkpoint.find(plan.keys):
-                kept = reread(completion, schema)
-                if kept is not None:
-                    outcomes.put(number, replace(kept, source="request") if rows.asked[number] else kept)
-        pending = set(outcomes.pending().tolist())
-        left = {each.key: each for each in self._left()} if pending else {}
-        for number in pending:
-            each = left.get(plan.keys[number].tobytes())
-            if each is not None:
-                attempts = int(each.status != "pending")
-                outcomes.put(number, Completion(status=each.status, error=each.error, attempts=attempts))
-            elif rows.asked[number]:
-                outcomes.put(number, Completion(status="pending", error="its batch has not ended"))
-        several: dict[str, Any] = {"n": 2} if terms.several else {}
-        options = call_options(
-            model=terms.model,
-            output=terms.output,
-            details=terms.details,
-            api=terms.api,  # type: ignore[arg-type]
-            **several,
-        )
-        return State(rows.frame if source is None else source, options, schema, plan, outcomes)
-
-    def _left(self) -> list[Left]:
-        """List what has no answer, what was submitted again left out."""
-        return [
-            each for part in self._ledger.parts for each in self._place.left(part) if not (each.again and part.taken)
-        ]
+        return state_of(self._place, self._ledger, rows or self._kept, self._read())
 
     # -- the work
 
@@ -432,9 +373,7 @@ class BatchJob:
     @asynccontextmanager
     async def _worker(self, api: BatchApi, keeper: Keeper | None) -> AsyncIterator[Worker]:
         """Be the one process at work on the job, on the ledger as it stands now."""
-        held = self._place.held()
-        await loops.in_thread(held.__enter__)
-        try:
+        async with loops.entered(self._place.held()):
             worker = Worker(self._place, api, keeper, self._access.poll_s, self._place.load())
             try:
                 yield worker
@@ -442,8 +381,6 @@ class BatchJob:
                 raise Away(str(refusal)) from refusal
             finally:
                 self._ledger = worker.ledger
-        finally:
-            held.__exit__(None, None, None)
 
     def _keeper(self) -> Keeper:
         terms, schema = self._ledger.terms, self._read()
@@ -508,124 +445,7 @@ class BatchJob:
     # -- how it shows itself
 
     def __repr__(self) -> str:
-        lines = [f"<BatchJob {self.directory}: {self._words()}"]
-        parts = self.parts
-        if len(parts):
-            shown = parts.drop(columns="error").map(_cell).to_string(index=False)
-            lines += [f"  {line}" for line in shown.splitlines()]
-        return "\n".join(lines) + ">"
+        return batch_view.text(self.directory, self._ledger)
 
     def _repr_html_(self) -> str:
-        title = f"<strong>BatchJob</strong> <code>{html.escape(self.directory)}</code>: {html.escape(self._words())}"
-        parts = self.parts
-        numbers = ("part", "requests", "done", "failed", "left", "cost_usd")
-        heads = "".join(
-            f"<th scope='col' style='text-align:{'right' if name in numbers else 'left'}'>{name}</th>" for name in parts
-        )
-        rows = "".join(
-            "<tr>"
-            + "".join(
-                f"<td style='text-align:{'right' if name in numbers else 'left'}'>{html.escape(_cell(value))}</td>"
-                for name, value in zip(parts.columns, row, strict=True)
-            )
-            + "</tr>"
-            for row in parts.itertuples(index=False)
-        )
-        table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
-        return f"<div class='llmframe-batch'>{title}{table}</div>"
-
-    def _words(self) -> str:
-        ledger = self._ledger
-        if not ledger.parts:
-            return "every answer was in the checkpoint; nothing was submitted"
-        stages = Counter(_status_of(part) for part in ledger.parts if part.stage != "replaced")
-        said = ", ".join(f"{count:,} {status}" for status, count in stages.items())
-        asked = ledger.terms.requests
-        done = sum(part.done for part in ledger.parts)
-        cost = "" if ledger.cost_usd is None else f", {ledger.cost_usd:,.4f} USD so far"
-        return f"{done:,} of {asked:,} requests answered{cost}; parts: {said}"
-
-
-@dataclass(slots=True, eq=False)
-class _Going:
-    """A job as its bar shows it; see `progress.Going`."""
-
-    job: BatchJob
-    ended: float | None = None
-    started: float = field(default_factory=time.monotonic)
-    in_flight: int = 0
-    pacer: Pacer | None = None
-
-    @property
-    def options(self) -> Options:
-        """Of the call."""
-        return call_options(output=self.job._ledger.terms.output)
-
-    @property
-    def rows(self) -> int:
-        """Requests submitted."""
-        return self.job._ledger.terms.requests
-
-    @property
-    def rows_done(self) -> int:
-        """Those that the provider is done with."""
-        return sum(part.done + part.failed - part.left for part in self.job._ledger.parts)
-
-    @property
-    def rows_a_request(self) -> float:
-        """One: requests are what is counted."""
-        return 1.0
-
-    @property
-    def usage(self) -> Usage:
-        """Of what was taken."""
-        return self.job.usage
-
-    @property
-    def cost_usd(self) -> float | None:
-        """The same in USD."""
-        return self.job.cost_usd
-
-    @property
-    def sent(self) -> int:
-        """None by this process."""
-        return 0
-
-    @property
-    def failures(self) -> Counter[str]:
-        """None: what a line failed at is known when its batch has ended."""
-        return Counter()
-
-    @property
-    def seconds(self) -> float:
-        """Since this process began to wait."""
-        return (time.monotonic() if self.ended is None else self.ended) - self.started
-
-
-def _recall_embeddings(outcomes: Outcomes, checkpoint: Shelf, rows: Rows) -> None:
-    """Take the vectors that the checkpoint holds, all of one length."""
-    for places, table in checkpoint.tables(rows.plan.keys):
-        read = embeddings(table)
-        if read is None or outcomes.dimensions not in (None, read[1].vectors.shape[1]):
-            continue
-        numbers = places[read[0]]
-        for asked in (True, False):
-            chosen = np.flatnonzero(rows.asked[numbers] == asked)
-            if len(chosen):
-                outcomes.put_embeddings(numbers[chosen], read[1].taken(chosen), "request" if asked else "checkpoint")
-
-
-def _status_of(part: Any) -> str:
-    if part.stage == "withdrawn":
-        return "withdrawn"
-    if part.stage in ("planned", "uploading", "uploaded", "creating"):
-        return part.status or "to submit"
-    return str(part.status or part.stage)
-
-
-def _cell(value: Any) -> str:
-    if value is None or value is pd.NA or (isinstance(value, float) and value != value):
-        return ""
-    if isinstance(value, float):
-        return f"{value:,.4f}"
-    return f"{value:,}" if isinstance(value, int | np.integer) else str(value)[:200]
+        return batch_view.page(self.directory, self._ledger)

@@ -14,9 +14,8 @@ from llmframe.batch_ledger import Terms
 from llmframe.call import split_extras
 from llmframe.endpoint import Endpoint
 from llmframe.errors import ConfigurationError
-from llmframe.estimate import BATCH_SHARE
 from llmframe.options import Options
-from llmframe.prices import PriceOf, known_prices, read_prices
+from llmframe.prices import PriceOf, halved, known_prices, read_prices
 from llmframe.requests import canonical
 from llmframe.schemas import Labels, Schema, read_schema
 from llmframe.transports import Extras
@@ -115,11 +114,6 @@ def kept_schema(given: Any, schema: Schema | None) -> dict[str, Any] | None:
     if isinstance(given, type):
         return {**kept, "kind": "model", "module": given.__module__, "name": given.__qualname__}
     return {**kept, "kind": "json", "value": dict(given)}
-
-
-def halved(price: PriceOf) -> PriceOf:
-    """Give a price at which a batch is had: half of it."""
-    return lambda usage: BATCH_SHARE * price(usage)
 
 
 def _model_named(module: str, name: str) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from llmframe.batch_access import halved, kept_schema
+from llmframe.batch_access import kept_schema
 from llmframe.batch_ledger import Ledger, Place, Terms
 from llmframe.batch_plan import FileLimits, input_line
 from llmframe.batch_rows import Rows, digest_of, save_rows
@@ -25,6 +25,7 @@ from llmframe.errors import BudgetExceeded, ConfigurationError
 from llmframe.notices import say
 from llmframe.options import Options
 from llmframe.prepared import ready, recall, tell
+from llmframe.prices import halved
 from llmframe.prompts import Missing, Prompts
 from llmframe.requests import PATHS
 from llmframe.texts import text_of

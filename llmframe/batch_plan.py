@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from llmframe.requests import KEY_BYTES
 
-__all__ = ["FileLimits", "LineSize", "input_line", "key_of", "next_to_go", "place", "said_limit"]
+__all__ = ["FileLimits", "LineSize", "file_numbers", "input_line", "key_of", "next_to_go", "said_limit"]
 
 Line = bytes  # an alias: inside a class with a field `bytes` the type cannot be named
 
@@ -55,7 +55,7 @@ def key_of(line: bytes) -> bytes:
     return bytes.fromhex(line[len(_START) : len(_START) + 2 * KEY_BYTES].decode())
 
 
-def place(sizes: Iterable[LineSize], limits: FileLimits) -> Iterator[int | None]:
+def file_numbers(sizes: Iterable[LineSize], limits: FileLimits) -> Iterator[int | None]:
     """Say for each line the number of its file, from 0; None for a line that no file could hold."""
     part = requests = size = tokens = 0
     most = limits.tokens

@@ -18,7 +18,7 @@ import numpy as np
 from llmframe import loops
 from llmframe.batch_api import ENDED, Away, BatchApi, Problem, Refused, Seen
 from llmframe.batch_ledger import WAITING, Ledger, Left, Part, Place
-from llmframe.batch_plan import FileLimits, LineSize, key_of, next_to_go, place, said_limit
+from llmframe.batch_plan import FileLimits, LineSize, file_numbers, key_of, next_to_go, said_limit
 from llmframe.batch_replies import Answered, Read, read_line, stacked
 from llmframe.checkpoint import Checkpoint
 from llmframe.requests import PATHS, Api
@@ -26,8 +26,8 @@ from llmframe.results import PAID, Completion, Usage
 
 T = TypeVar("T")
 
-SLOWEST = 30.0  # times `poll_s`, between two looks while nothing does: 5 minutes, if it is left as it is
-SLOWER = 1.5  # times the last, with each look that saw nothing new
+SLOWEST = 30.0  # factor on `poll_s`, at most: 5 minutes between two looks, where `poll_s` is left as it is
+SLOWER = 1.5  # factor by which each look without news lengthens the wait
 SETTLE_S = 30.0  # what is not to be found for so long is not there: lists and files may be late, whatever `poll_s` is
 SPLIT_AFTER = 2  # refusals for enqueued tokens of a part that is alone: the next time it is two
 ROUNDS = 4  # times that a file is sent again without the lines its validation named
@@ -46,7 +46,7 @@ def slower(slow: float, *, news: bool) -> float:
     return 1.0 if news else min(SLOWEST, slow * SLOWER)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Keeper:
     """Where answers go.
 
@@ -76,7 +76,7 @@ def write_parts(directory: Place, lines: Iterator[bytes], first: int, limits: Fi
 
     with ExitStack() as stack:
         file: Any = None
-        for number in place(sizes(), limits):
+        for number in file_numbers(sizes(), limits):
             if number is None:
                 too_large += 1
                 continue
@@ -109,6 +109,8 @@ class Worker:
         Seconds between two looks at first.
     ledger : Ledger
         As it was last saved.
+    asked_s : float
+        How long the endpoint asked to wait at the last look, in seconds; 0 where it did not.
     """
 
     directory: Place
@@ -116,7 +118,7 @@ class Worker:
     keeper: Keeper | None
     poll_s: float
     ledger: Ledger
-    asked_s: float = field(default=0.0)
+    asked_s: float = 0.0
 
     async def look(self) -> None:
         """Do all that can be done now.

@@ -90,7 +90,7 @@ def _job(arguments: argparse.Namespace) -> int:
     try:
         job = work.run(drawn.draw, drawn.close, partial=arguments.partial, clean=arguments.clean)
         if arguments.batch and arguments.clean and not job.counts.keys() & {"failed", "pending"}:
-            shutil.rmtree(batch_beside(arguments.sink))
+            _delete(batch_beside(arguments.sink))
     except (LLMFrameError, KeyboardInterrupt) as error:
         if isinstance(error, LLMFrameError) and not work.began:
             raise  # wrong use: the same command would meet the same again
@@ -105,6 +105,14 @@ def _job(arguments: argparse.Namespace) -> int:
     column = f"{options.output}_status"
     complain(f"{left} of {job.rows:,} rows; see {column} and {options.output}_error in {job.sink}")
     return ROWS_LEFT
+
+
+def _delete(directory: str) -> None:
+    """Delete the directory of a batch, if it can be: the sink is whole, and the job done, also where it cannot."""
+    try:
+        shutil.rmtree(directory)
+    except OSError as error:
+        complain(f"{directory} could not be deleted: {error}; the job is done, and needs it no more")
 
 
 def _submitted(paths: Paths, prompt: str, options: Options, poll_s: float) -> BatchJob:

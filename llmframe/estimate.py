@@ -23,7 +23,7 @@ from llmframe.errors import ConfigurationError
 from llmframe.options import Options, answers_asked, check_count
 from llmframe.planning import Plan
 from llmframe.prepared import ready, take
-from llmframe.prices import PriceOf
+from llmframe.prices import BATCH_SHARE, PriceOf
 from llmframe.prompts import Missing, Prompts
 from llmframe.results import Completion, Usage
 from llmframe.shelf import Shelf
@@ -31,7 +31,6 @@ from llmframe.texts import text_of
 from llmframe.tokens import Counter, counter_for
 
 ENOUGH = 20  # answers whose mean says more of the others than a limit does
-BATCH_SHARE = 0.5  # of the price, which OpenAI's and Azure's Batch APIs take
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from llmframe.notices import say, warn
 from llmframe.options import Options, check_count
 from llmframe.pacing import Pacer
 from llmframe.planning import check_columns, output_dtypes, prompts_of, rows_of, select
-from llmframe.prepared import Prepared, ready, recall, reread
+from llmframe.prepared import Prepared, kept_answers, ready, recall
 from llmframe.prompts import Prompt, Prompts
 from llmframe.requests import Words, among, words_of
 from llmframe.results import STATUSES, Usage, twin
@@ -116,7 +116,6 @@ class Total:
         """Take a part's figures over, and let go of it."""
         state = prepared.state
         rows = len(state.source)
-        statuses = np.bincount(state.outcomes.statuses(state.plan.request_of), minlength=len(STATUSES))
         self.under_way.remove(prepared)
         self.done += rows
         self.paid += state.usage
@@ -124,7 +123,7 @@ class Total:
             self.paid_usd = (self.paid_usd or 0.0) + state.cost_usd
         self.sent_before += state.sent
         self.failed_before.update(state.failures)
-        self.counts.update({status: int(count) for status, count in zip(STATUSES, statuses, strict=True) if count})
+        self.counts.update(state.counts)
         self.pacer = state.pacer or self.pacer
 
     @property
@@ -367,12 +366,10 @@ class Work:
         self._checkpoint.flush()
         state = prepared.state
         shared = rows_of(state.plan)
-        for place, completion in self._checkpoint.find(state.plan.keys[late]):
-            kept = reread(completion, state.schema)
-            if kept is not None:
-                number = int(late[place])
-                state.outcomes.put(number, twin(kept))
-                state.rows_done += int(shared[number])
+        for place, kept in kept_answers(self._checkpoint, state.plan.keys[late], state.schema):
+            number = int(late[place])
+            state.outcomes.put(number, twin(kept))
+            state.rows_done += int(shared[number])
 
     async def _write(self, part: _Part, others: deque[_Part]) -> None:
         """Wait for a part, or for the failure of one after it, and write it."""

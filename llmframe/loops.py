@@ -14,8 +14,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -245,6 +245,30 @@ async def to_its_end(work: Callable[[], T]) -> T:
     except asyncio.CancelledError:
         await asyncio.wait({task})
         raise
+
+
+@asynccontextmanager
+async def entered(manager: AbstractContextManager[T]) -> AsyncIterator[T]:
+    """Enter in a thread what is waited for, such as a lock of another process, and leave it when the block ends.
+
+    Whoever is cancelled meanwhile waits for it and leaves it. Cancelled twice, nobody waits any more, and it is left as
+    soon as it is entered: a lock that is taken with nobody there to release it would lock out the next call.
+    """
+
+    def leave(entering: asyncio.Task[T]) -> None:
+        if not entering.cancelled() and entering.exception() is None:
+            manager.__exit__(None, None, None)
+
+    entering = asyncio.ensure_future(in_thread(manager.__enter__))
+    try:
+        value = await asyncio.shield(entering)
+    except asyncio.CancelledError:
+        entering.add_done_callback(leave)
+        await asyncio.wait({entering})
+        raise
+    with ExitStack() as stack:
+        stack.push(manager)
+        yield value
 
 
 async def ended(tasks: set[asyncio.Task[None]]) -> None:

@@ -138,7 +138,7 @@ def kept_answers(
         Whether an outcome that has no answer is given as what it is.
     """
     for place, completion in held.find(keys):
-        kept = reread(completion, schema)
+        kept = _reread(completion, schema)
         if kept is not None and (refusals or kept.text is not None or kept.status == "ok"):
             yield place, kept
 
@@ -157,7 +157,7 @@ def kept_vectors(
             yield places[read[0]], read[1]
 
 
-def reread(completion: Completion, schema: Schema | None) -> Completion | None:
+def _reread(completion: Completion, schema: Schema | None) -> Completion | None:
     """Read a kept answer by the schema again, since what it reads is not kept; None where it does not fit."""
     if schema is None or completion.text is None or completion.status != "ok":
         return completion

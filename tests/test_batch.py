@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +23,7 @@ from llmframe import BatchJob, batch_work
 from llmframe.batch_api import Away, BatchApi
 from llmframe.batch_ledger import Part, Place
 from llmframe.endpoint import resolve
-from llmframe.errors import BudgetExceeded, ConfigurationError, EndpointError, LLMFrameWarning
+from llmframe.errors import BudgetExceeded, ConfigurationError, EndpointError, Interrupted, LLMFrameWarning
 from llmframe.transports import Extras
 from tests.server_batch import BatchBehaviour, BatchServer, Trap
 
@@ -802,6 +804,32 @@ def test_two_processes_may_wait_for_one_job(server: BatchServer, frame: pd.DataF
     said, _ = process.communicate(timeout=60)
     assert said == "{'ok': 10}\n"
     assert paid_for(server, frame) == [1] * 9
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to one process here")
+@pytest.mark.parametrize("interrupts", [1, 2])
+def test_an_interrupt_while_another_is_at_work_on_the_job_leaves_it_free_for_the_next_call(
+    server: BatchServer, frame: pd.DataFrame, tmp_path: Path, interrupts: int
+) -> None:
+    job = submit(server, frame, tmp_path)
+    other = Place(job.directory).held()
+
+    def interrupt() -> None:
+        while not any(thread.name == "llmframe-work" for thread in threading.enumerate()):  # waits for its turn
+            time.sleep(0.01)
+        for _ in range(interrupts):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+        other.__exit__(None, None, None)
+
+    other.__enter__()
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    with pytest.raises(Interrupted) as caught:
+        job.refresh()
+    interrupting.join()
+    job.refresh()
+    assert "interrupted" in str(caught.value)  # its traceback is held until here, and the frames in it
 
 
 def test_waiting_survives_an_endpoint_that_is_away(server: BatchServer, frame: pd.DataFrame, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmframe.batch_plan import FileLimits, LineSize, input_line, place
+from llmframe.batch_plan import FileLimits, LineSize, file_numbers, input_line
 
 SIZES = st.lists(st.builds(LineSize, bytes=st.integers(1, 40), tokens=st.integers(0, 40)), max_size=60)
 LIMITS = st.builds(
@@ -20,7 +20,7 @@ LIMITS = st.builds(
 @given(SIZES, LIMITS)
 def test_no_file_passes_a_limit(sizes: list[LineSize], limits: FileLimits) -> None:
     files: dict[int, list[LineSize]] = defaultdict(list)
-    for size, part in zip(sizes, place(sizes, limits), strict=True):
+    for size, part in zip(sizes, file_numbers(sizes, limits), strict=True):
         if part is not None:
             files[part].append(size)
     for lines in files.values():
@@ -31,20 +31,20 @@ def test_no_file_passes_a_limit(sizes: list[LineSize], limits: FileLimits) -> No
 
 @given(SIZES, LIMITS)
 def test_files_are_numbered_without_a_gap_in_the_order_of_the_lines(sizes: list[LineSize], limits: FileLimits) -> None:
-    placed = [part for part in place(sizes, limits) if part is not None]
+    placed = [part for part in file_numbers(sizes, limits) if part is not None]
     assert placed == sorted(placed)
     assert sorted(set(placed)) == list(range(len(set(placed))))
 
 
 @given(SIZES, LIMITS)
 def test_only_a_line_too_large_for_an_empty_file_has_no_place(sizes: list[LineSize], limits: FileLimits) -> None:
-    for size, part in zip(sizes, place(sizes, limits), strict=True):
+    for size, part in zip(sizes, file_numbers(sizes, limits), strict=True):
         too_large = size.bytes > limits.bytes or (limits.tokens is not None and size.tokens > limits.tokens)
         assert (part is None) == too_large
 
 
 def test_120_000_lines_need_three_files() -> None:
-    placed = list(place((LineSize(300, 50) for _ in range(120_000)), FileLimits()))
+    placed = list(file_numbers((LineSize(300, 50) for _ in range(120_000)), FileLimits()))
     assert [placed.count(part) for part in (0, 1, 2)] == [50_000, 50_000, 20_000]
 
 

@@ -158,6 +158,20 @@ def test_a_run_by_batch_whose_source_has_grown_says_how_to_go_on_and_pays_nothin
     assert sum(server.paid().values()) == paid + 1
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no links without a privilege there")
+def test_a_run_by_batch_is_done_where_its_directory_cannot_be_deleted(
+    here: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkdir("large disk")
+    os.symlink("large disk", "out.parquet.batch")  # which `rmtree` refuses
+    command = ["run", "in.parquet", "out.parquet", "{text}", "--batch", "--poll-s", "0.02", "--quiet", "--clean"]
+    assert main(command) == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith("llmframe: out.parquet.batch could not be deleted: ")
+    assert printed.out.startswith("10 ok; ")
+    assert pd.read_parquet("out.parquet")["response_status"].eq("ok").all()
+
+
 def test_files_whose_types_differ_are_refused_in_words(here: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     os.mkdir("in")
     for name, scores in (("a", [1]), ("b", [1.5])):

@@ -767,3 +767,28 @@ def test_a_client_of_a_loop_that_cannot_be_patched_is_told_the_way_out(server: S
         runner.run(main())
     assert str(told.value).endswith("write `await df.llm.acomplete(...)`, or leave client= out")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("cancels", [1, 2])
+def test_a_lock_that_comes_after_its_waiter_was_cancelled_is_released(cancels: int) -> None:
+    lock = threading.Lock()
+
+    async def main() -> None:
+        lock.acquire()
+        waiting = asyncio.ensure_future(hold())
+        await asyncio.sleep(0.1)
+        for _ in range(cancels):
+            waiting.cancel()
+            await asyncio.sleep(0.1)
+        assert waiting.done() == (cancels == 2)  # cancelled once, it waits for the thread
+        lock.release()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await asyncio.sleep(0.3)  # for the thread to take it
+        assert lock.acquire(blocking=False)
+
+    async def hold() -> None:
+        async with loops.entered(lock):
+            raise AssertionError("the block is not entered")
+
+    asyncio.run(main())
