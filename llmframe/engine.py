@@ -241,9 +241,12 @@ class Crew:
         """Add a worker, if there may be work for one more; each that finds work hires the next."""
         most = self._line.pacer.window + AHEAD if self._policy.caps.max_concurrency != 1 else 1
         if len(self._workers) < most and (self._due or not self._exhausted):
-            worker = self._loop.create_task(self._work())
-            self._workers.add(worker)
-            worker.add_done_callback(self._workers.discard)
+            self._add_worker()
+
+    def _add_worker(self) -> None:
+        worker = self._loop.create_task(self._work())
+        self._workers.add(worker)
+        worker.add_done_callback(self._workers.discard)
 
     async def _work(self) -> None:
         try:
@@ -672,10 +675,10 @@ class Crew:
         silent = now - self._heard_at > least_s / 2
         for attempt in late:
             job, waited_s = attempt.job, now - attempt.started
-            most = self._budget and self._budget.bound(job.body)
-            if self._budget and most and not self._budget.fits(most):
-                trials = MOST_TRIALS  # what nothing can be sent in place of is waited for
-            if self._timeout.gives_up(waited_s, failures=job.timeouts, trials=trials, silent=silent):
+            # Where the budget has no room for another, giving one up would gain nothing.
+            room = self._budget is None or self._budget.fits(self._budget.bound(job.body))
+            taken = trials if room else MOST_TRIALS
+            if self._timeout.gives_up(waited_s, failures=job.timeouts, trials=taken, silent=silent):
                 trials += 1
                 self._on_trial.add(job)
                 if (silent and self._line.pacer.full) or not self._ask_beside(attempt):
@@ -701,8 +704,8 @@ class Crew:
         job.failed += 1
         self._failing += job.failed == 1
         job.going += 1
-        self._due.append(job)
-        self._hire()
+        self._due.appendleft(job)
+        self._add_worker()  # all others may be waiting for what is in flight
         return True
 
     def _let_go(self, job: Job) -> None:

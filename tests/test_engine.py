@@ -539,6 +539,19 @@ def test_hung_requests_are_rescued_once_others_show_how_long_one_takes(server: S
     assert list(server.answered_by_content().values()) == [1] * 110
 
 
+def test_where_all_that_is_in_flight_is_lost_at_once_it_is_soon_sent_anew(
+    server: SimulatedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timeouts, "FLOOR_S", 0.5)
+    server.reset(latency_s=0.05, slots=32, schedule=[(0.5, {"p_hang": 1.0}), (0.8, {"p_hang": 0.0})])
+    began = time.monotonic()
+    ran = ask(server, rows(1500))
+    assert ran.statuses == ["ok"] * 1500
+    assert ran.tally.failures["timeout"] >= 16
+    assert set(server.answered_by_content().values()) == {1}
+    assert time.monotonic() - began < 10.0  # 2.3 s of work, 0.5 s of doubt, and the trials
+
+
 def test_slow_answers_are_never_cut_off(server: SimulatedServer) -> None:
     server.reset(latency_s=0.05, p_slow=0.01, slow_s=2.0)
     ran = ask(server, rows(1000))
