@@ -139,8 +139,9 @@ class State:
         for name, dtype in output_dtypes(options, schema).items():
             cells = values.pop(name[len(options.output) :])
             if name in frame.columns:  # a call with where=: the rows left out keep what they hold
-                kept = np.fromiter(frame[name].astype(object), object, len(frame))
-                cells = np.where(self.plan.selected, np.fromiter(cells, object, len(frame)), kept)
+                left = ~self.plan.selected
+                cells = np.fromiter(cells, object, len(frame))
+                cells[left] = _kept(frame[name][left], dtype)
                 frame[name] = typed(cells, dtype)
             else:
                 new[name] = typed(cells, dtype)
@@ -173,6 +174,17 @@ class State:
                 turn["tool_calls"] = orjson.loads(calls[number])
             cells[position] = [*sent, turn]
         return cells
+
+
+def _kept(held: pd.Series[Any], dtype: Any) -> npt.NDArray[np.object_]:
+    """Give what a column keeps as one of its type has it: alone, as it was found to fit before anything was paid.
+
+    Beside new answers the numbers that a file made of true and false, or its nulls for another type, would not fit.
+    """
+    values = held.tolist()
+    if dtype is not object:
+        values = [None if missing else value for value, missing in zip(values, held.isna(), strict=True)]
+    return np.fromiter(typed(values, dtype), object, len(values))
 
 
 def _beside(frame: pd.DataFrame, new: Mapping[str, Any]) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from typing import Any
 
@@ -71,3 +72,19 @@ def test_attrs_flags_and_a_subclass_with_its_metadata_come_back(server: Simulate
     assert isinstance(out, Measured)
     assert (out.unit, out.attrs) == ("kg", {"from": {"file": "a.csv"}})
     assert not out.flags.allows_duplicate_labels
+
+
+def test_what_a_column_keeps_goes_with_the_new_values_though_a_file_gave_it_another_type(
+    server: SimulatedServer,
+) -> None:
+    properties = {"sure": {"type": "boolean"}, "n": {"type": "integer"}}
+    schema = {"type": "object", "properties": properties, "required": ["sure", "n"]}
+    first = ask(server, pd.DataFrame({"text": ["a", "[[status=400]]", "c"]}), schema=schema)
+    read = pd.read_json(io.StringIO(first.to_json(orient="records")), orient="records")
+    read["response_n"] = read["response_n"].where([False] * 3).astype("datetime64[ns]")  # what is all null may be any
+    assert read["response_sure"].dtype == "float64"  # 1.0 and a null
+    second = ask(server, read.assign(text=["a", "b", "c"]), schema=schema, where=[False, True, False])
+    assert second["response_sure"].dtype == "boolean"
+    kept = ["response", "response_sure", "response_status"]
+    pd.testing.assert_frame_equal(second.loc[[0, 2], kept], first.loc[[0, 2], kept])
+    assert second["response_n"].isna().tolist() == [True, False, True]
