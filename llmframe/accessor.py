@@ -77,8 +77,9 @@ class LLMFrame:
             Also write cached and reasoning tokens, cost (USD), latency (s), attempts, finish reason, model, source,
             request id, tool calls (JSON) and the reasoning of a model that thinks.
         where : "missing" or boolean mask, optional
-            Which rows to ask: those whose output column is null, or those of the mask. The others keep what they
-            hold. Text that was cut, or that does not fit an object schema, is not null; to ask such rows again, pass
+            Which rows to ask: those whose output column is null and whose status is not ``ok`` (a call of tools has no
+            text), or those of the mask. The others keep what they hold. Text that was cut, or that does not fit an
+            object schema, is not null; to ask such rows again, pass
             ``where=out.response_status.isin(["truncated", "invalid"]), refresh=True``.
         refresh : bool, default False
             Ask again, whatever the checkpoint holds; it is paid for again.

@@ -260,7 +260,8 @@ def _name_read(own_name: str, info: FieldInfo) -> str:
 
 def _value(parsed: Any, own_name: str, info: FieldInfo) -> Any:
     """Give a field's value: a simple one as it is, a nested one as JSON."""
-    value = getattr(parsed, own_name)
+    held = getattr(parsed, "__dict__", {})  # to which a field that is deprecated gives no warning
+    value = held[own_name] if own_name in held else getattr(parsed, own_name)
     if isinstance(value, str | int | float | bool | Decimal | date | enum.Enum | None):
         return value
     dumped = parsed.model_dump(mode="json", by_alias=True, include={own_name}, warnings=False)
@@ -387,16 +388,28 @@ def _dtype(schema: Any, root: JsonSchema) -> Any:
             return pd.CategoricalDtype(list(dict.fromkeys(values)))
         if values and _all(values, int):  # parquet has no category of numbers: with a null it would come back as float
             return pd.Int64Dtype()
+        if values and _all(values, int, float):
+            return pd.Float64Dtype()
         return pd.BooleanDtype() if values and _all(values, bool) else text_dtype()
     kind = schema.get("type")
+    if kind is None and "allOf" in schema:
+        return _narrowest([_dtype(branch, root) for branch in schema["allOf"]])
     if kind == "string":
         return {"date-time": MOMENT, "date": DAY}.get(schema.get("format", ""), text_dtype())
     plain_kinds = {"integer": pd.Int64Dtype(), "number": pd.Float64Dtype(), "boolean": pd.BooleanDtype()}
     return plain_kinds.get(str(kind), object)
 
 
-def _all(values: list[Any], kind: type) -> bool:
-    return all(type(value) is kind for value in values)
+def _narrowest(dtypes: list[Any]) -> Any:
+    """Give the type of a value that fits all of some schemas; those that say nothing of its kind are `object` here."""
+    if pd.Int64Dtype() in dtypes:
+        return pd.Int64Dtype()
+    told = sorted((dtype for dtype in dtypes if dtype is not object), key=lambda dtype: bool(dtype == text_dtype()))
+    return told[0] if told else object
+
+
+def _all(values: list[Any], *kinds: type) -> bool:
+    return all(type(value) in kinds for value in values)
 
 
 def _followed(schema: Any, root: JsonSchema) -> JsonSchema:

@@ -87,7 +87,7 @@ def select(frame: pd.DataFrame, options: Options) -> npt.NDArray[np.bool_]:
             raise ConfigurationError(f"where={where!r} is not known; it is 'missing' or a boolean mask")
         if options.output not in frame.columns:
             return np.ones(len(frame), dtype=bool)
-        return frame[options.output].isna().to_numpy(dtype=bool)
+        return _unanswered(frame, options.output)
     if isinstance(where, pd.Series) and not where.index.equals(frame.index):
         raise ConfigurationError(
             "the mask in where= has another index than the frame; "
@@ -103,6 +103,15 @@ def select(frame: pd.DataFrame, options: Options) -> npt.NDArray[np.bool_]:
     if not all(isinstance(value, bool | np.bool_) for value in mask.tolist()):
         raise ConfigurationError(f"where= holds values of type {mask.dtype}; it has to be a boolean mask")
     return mask.to_numpy(dtype=bool)
+
+
+def _unanswered(frame: pd.DataFrame, output: str) -> npt.NDArray[np.bool_]:
+    """Tell the rows that hold no answer; a call of tools is one, and so is the empty text that csv made a null of."""
+    missing: npt.NDArray[np.bool_] = frame[output].isna().to_numpy(dtype=bool)
+    status = f"{output}_status"
+    if int((frame.columns == status).sum()) != 1:
+        return missing
+    return missing & ~frame[status].isin(["ok"]).to_numpy(dtype=bool)
 
 
 def _as_series(where: Any) -> pd.Series[Any]:

@@ -31,6 +31,8 @@ _EARLY: dict[str, Finish] = {
 # How OpenRouter, vLLM and DeepSeek name an answer that broke off for no reason of its own.
 _BROKEN = frozenset({"error", "abort", "insufficient_system_resource"})
 
+_CALLS = ("function_call", "custom_tool_call")  # of tools, in the Responses API
+
 
 @dataclass(frozen=True, slots=True)
 class Said:
@@ -170,8 +172,8 @@ def read_output(payload: Any) -> list[Said] | None:
     output, status = item(payload, "output"), item(payload, "status")
     if not isinstance(output, list) or status not in ("completed", "incomplete", None):
         return None
-    if not output and status != "incomplete":
-        return None
+    if not output and status is None:
+        return None  # one that says it is completed was paid for, though it is empty
     parts = [part for one in output if item(one, "type") == "message" for part in _list(item(one, "content"))]
     thoughts = [one for one in output if item(one, "type") == "reasoning"]
     summaries = [part for one in thoughts for part in _list(item(one, "summary")) + _list(item(one, "content"))]
@@ -190,13 +192,16 @@ def read_output(payload: Any) -> list[Said] | None:
             finish=finish,
             cut=cut,
             refusal=_joined(item(part, "refusal") for part in parts) or None,
-            calls=tuple(_as_tool_call(one) for one in output if item(one, "type") == "function_call"),
+            calls=tuple(_as_tool_call(one) for one in output if item(one, "type") in _CALLS),
             reasoning=_joined((item(part, "text") for part in summaries), "\n\n") or own,
         )
     ]
 
 
 def _as_tool_call(call: dict[str, Any]) -> dict[str, Any]:
+    if call["type"] == "custom_tool_call":
+        custom = {"name": call.get("name"), "input": call.get("input")}
+        return {"id": call.get("call_id"), "type": "custom", "custom": custom}
     function = {"name": call.get("name"), "arguments": call.get("arguments")}
     return {"id": call.get("call_id"), "type": "function", "function": function}
 

@@ -5,7 +5,7 @@ Pure. Messages are written once, in the chat API's form, whichever API is asked;
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from llmframe.messages import Message, Messages
@@ -27,20 +27,28 @@ def as_input(messages: Messages, *, keep: bool = False) -> tuple[str | None, lis
     ('Be brief.', [{'role': 'user', 'content': 'Hello'}])
     """
     first, *rest = messages
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    custom = [call.get("id") for call in calls if isinstance(call.get("custom"), Mapping)]
     if not keep and first["role"] in ("system", "developer") and isinstance(first.get("content"), str) and rest:
-        return first["content"], [one for message in rest for one in _items(message)]
-    return None, [one for message in messages for one in _items(message)]
+        return first["content"], [one for message in rest for one in _items(message, custom)]
+    return None, [one for message in messages for one in _items(message, custom)]
 
 
-def _items(message: Message) -> list[Message]:
+def _items(message: Message, custom: Collection[Any]) -> list[Message]:
+    """Give a message's items; `custom` are the ids of calls of custom tools, whose outputs have a name of their own."""
     role, content = message["role"], message.get("content")
     if role == "tool":
-        return [{"type": "function_call_output", "call_id": message.get("tool_call_id"), "output": content}]
+        called = message.get("tool_call_id")
+        kind = "custom_tool_call_output" if called in custom else "function_call_output"
+        return [{"type": kind, "call_id": called, "output": content}]
     made: list[Message] = []
     if content is not None:
         parts = [_part(part, role) for part in content] if isinstance(content, list) else content
         made.append({"role": role, "content": parts})
     for call in message.get("tool_calls") or ():
+        if isinstance(call.get("custom"), Mapping):
+            made.append({"type": "custom_tool_call", "call_id": call.get("id"), **call["custom"]})
+            continue
         function = call.get("function") or {}
         made.append({"type": "function_call", "call_id": call.get("id"), **function})
     return made

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,29 +133,29 @@ def review(
         raise ConfigurationError(f"rows={rows!r} is no number of rows to look at; it is 1 or more")
     if output not in frame.columns:
         raise ConfigurationError(str(TemplateError.unknown_column(output, list(frame.columns))))
-    if int((frame.columns == output).sum()) > 1:
-        raise ConfigurationError(f"the frame has more than one column {output!r}; give each its own name")
+    for name in (output, f"{output}_status", f"{output}_error"):
+        if int((frame.columns == name).sum()) > 1:
+            raise ConfigurationError(f"the frame has more than one column {name!r}; give each its own name")
     asked = np.arange(len(frame))
     if f"{output}_status" in frame.columns:
         asked = np.flatnonzero(~frame[f"{output}_status"].isin(NOT_ASKED).to_numpy(dtype=bool))
     chosen = np.sort(np.random.default_rng(seed).permutation(asked)[:rows])
     taken = frame.iloc[chosen]
     if prompts is None:
-        own = [name for name in frame.columns if name != output and not str(name).startswith(f"{output}_")]
-        sent = [_columns(own, values) for values in _each_row(taken, own)]
+        own = [name != output and not str(name).startswith(f"{output}_") for name in frame.columns]
+        sent = [_columns(frame.columns[own], values) for values in _each_row(taken, own)]
     else:
         sent = [_messages(made) for made in prompts.render(chosen)]
     details = ("prompt_tokens", "completion_tokens")
     properties = [
-        name
+        str(name).startswith(f"{output}_") and str(name)[len(output) + 1 :] not in ("status", "error", *details)
         for name in frame.columns
-        if str(name).startswith(f"{output}_") and str(name)[len(output) + 1 :] not in ("status", "error", *details)
     ]
     reviewed = [
         Reviewed(
             label=str(label),
             sent=_cut(what),
-            answer=_said(answer, properties, others),
+            answer=_said(answer, frame.columns[properties], others),
             status=_text(status) or "",
             error=_text(error),
         )
@@ -172,9 +172,10 @@ def review(
     return Review(output, len(asked), tuple(reviewed))
 
 
-def _each_row(frame: pd.DataFrame, names: list[str]) -> list[tuple[Any, ...]]:
+def _each_row(frame: pd.DataFrame, chosen: list[bool]) -> list[tuple[Any, ...]]:
+    """Give each row's values in some columns, which are told by place: a name may stand twice."""
     # pandas 2.2 gives no tuple at all, not an empty one per row, when there are no columns
-    return list(frame[names].itertuples(index=False, name=None)) if names else [()] * len(frame)
+    return list(frame.loc[:, chosen].itertuples(index=False, name=None)) if any(chosen) else [()] * len(frame)
 
 
 def _cells(frame: pd.DataFrame, name: str) -> list[Any]:
@@ -194,14 +195,14 @@ def _content(message: dict[str, Any]) -> str:
     return json.dumps(message if content is None else content, ensure_ascii=False, default=str)
 
 
-def _columns(names: Sequence[Hashable], values: tuple[Any, ...]) -> str:
+def _columns(names: Iterable[Hashable], values: tuple[Any, ...]) -> str:
     said = zip(names, map(_text, values), strict=True)
     return "\n".join(f"{name}: {value}" for name, value in said if value is not None)
 
 
-def _said(answer: Any, names: Sequence[Hashable], values: tuple[Any, ...]) -> str | None:
+def _said(answer: Any, names: pd.Index[Any], values: tuple[Any, ...]) -> str | None:
     text = _text(answer)
-    return text if text is None or not names else _cut(f"{text}\n\n{_columns(names, values)}")
+    return text if text is None or not len(names) else _cut(f"{text}\n\n{_columns(names, values)}")
 
 
 def _text(value: Any) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from llmframe.outcomes import NOT_SELECTED, Outcomes, by_row
 from llmframe.pacing import Pacer
 from llmframe.planning import Plan, output_dtypes
 from llmframe.prompts import Missing, Prompts
-from llmframe.results import STATUSES, Completion, Usage, property_column, twin, typed
+from llmframe.results import PANDAS_3, STATUSES, Completion, Usage, property_column, twin, typed
 from llmframe.schemas import Schema
 
 
@@ -146,15 +147,23 @@ class State:
         options, schema = self.options, self.schema
         values = self.columns(details=options.details)
         frame = self.source.copy(deep=False)
+        new: dict[str, Any] = {}
         for name, dtype in output_dtypes(options, schema).items():
             cells = values.pop(name[len(options.output) :])
             if name in frame.columns:  # a call with where=: the rows left out keep what they hold
-                kept = np.fromiter(frame[name].astype(object), object, len(frame))
-                cells = np.where(self.plan.selected, np.fromiter(cells, object, len(frame)), kept)
-            frame[name] = typed(cells, dtype)
+                left = ~self.plan.selected
+                cells = np.fromiter(cells, object, len(frame))
+                cells[left] = _kept(frame[name][left], dtype)
+                frame[name] = typed(cells, dtype)
+            else:
+                new[name] = typed(cells, dtype)
         if options.history is not None and self.prompts is not None:
-            frame[options.history] = self._conversations(self.prompts, options.history)
-        return frame
+            conversations = self._conversations(self.prompts, options.history)
+            if options.history in frame.columns:
+                frame[options.history] = conversations
+            else:
+                new[options.history] = conversations
+        return _beside(frame, new)
 
     def _conversations(self, prompts: Prompts, name: str) -> npt.NDArray[np.object_]:
         """Give each row's conversation: what it sent and its answer, or what it was where there is none."""
@@ -177,3 +186,33 @@ class State:
                 turn["tool_calls"] = orjson.loads(calls[number])
             cells[position] = [*sent, turn]
         return cells
+
+
+def _kept(held: pd.Series[Any], dtype: Any) -> npt.NDArray[np.object_]:
+    """Give what a column keeps as one of its type has it: alone, as it was found to fit before anything was paid.
+
+    Beside new answers the numbers that a file made of true and false, or its nulls for another type, would not fit.
+    """
+    values = held.tolist()
+    if dtype is not object:
+        values = [None if missing else value for value, missing in zip(values, held.isna(), strict=True)]
+    return np.fromiter(typed(values, dtype), object, len(values))
+
+
+def _beside(frame: pd.DataFrame, new: Mapping[str, Any]) -> pd.DataFrame:
+    """Give a frame with new columns after its own, and all else as it has it.
+
+    They are joined at once: one by one pandas warns of a frame that was built by many assignments, and where warnings
+    are errors an answer that was paid for would be lost to it.
+    """
+    if not new:
+        return frame
+    columns = frame.columns
+    for name in new:
+        columns = columns.insert(len(columns), name)  # keeps the index's own name and kind, which a join does not
+    added = pd.DataFrame(dict(new), index=frame.index, copy=False)
+    shared: Any = {} if PANDAS_3 else {"copy": False}  # which pandas 3 does unasked
+    joined: Any = pd.concat([frame, added], axis=1, **shared)
+    joined.columns = columns
+    made: pd.DataFrame = joined.__finalize__(frame)  # attrs, flags, and what a subclass names in `_metadata`
+    return made

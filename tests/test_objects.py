@@ -55,6 +55,14 @@ TEXT = """{"stars": 4, "mood": "good", "kind": null, "written": "2024-01-02T03:0
 "price": "1.20", "by": {"name": "Ann", "age": null}, "tags": ["a"], "score": 1, "again": true, "note": 7}"""
 
 
+def test_a_deprecated_field_is_read_without_a_warning() -> None:
+    class Old(BaseModel):
+        stars: int = Field(deprecated="use score")
+
+    schema = of_model(Old)
+    assert schema.cells(schema.read('{"stars": 4}')) == {"stars": 4}
+
+
 def test_each_property_has_a_column_of_its_type() -> None:
     assert of_model(Review).columns == {
         "stars": pd.Int64Dtype(),
@@ -463,6 +471,37 @@ def test_an_enum_of_numbers_is_a_column_of_whole_numbers_also_after_parquet() ->
     assert back["level"].tolist() == [3, 1, pd.NA]
     assert back["grade"].tolist() == [10, pd.NA, pd.NA]
     assert back["level"].dtype == pd.Int64Dtype()
+
+
+class Share(enum.Enum):
+    NONE = 0
+    HALF = 0.5
+
+
+@pytest.mark.parametrize(
+    ("part", "dtype"),
+    [
+        ({"type": "number", "enum": [0, 0.5, 1]}, pd.Float64Dtype()),
+        ({"enum": [0.5, None]}, pd.Float64Dtype()),
+        ({"enum": [1, True]}, text_dtype()),
+        ({"allOf": [{"type": "integer"}, {"minimum": 0}]}, pd.Int64Dtype()),
+        ({"allOf": [{"type": "number"}, {"type": "integer"}]}, pd.Int64Dtype()),
+        ({"allOf": [{"minLength": 1}, {"type": "string"}, {"enum": ["a", "b"]}]}, pd.CategoricalDtype(["a", "b"])),
+        ({"anyOf": [{"allOf": [{"type": "boolean"}, {"not": {"const": 5}}]}, {"type": "null"}]}, pd.BooleanDtype()),
+        ({"allOf": [{"minimum": 0}, {"maximum": 5}]}, text_dtype()),
+        ({"allOf": [{"type": "object"}, {"required": ["a"]}]}, text_dtype()),
+    ],
+)
+def test_an_enum_of_numbers_and_what_has_to_fit_several_schemas_have_their_type(part: Any, dtype: Any) -> None:
+    assert of_json_schema({"type": "object", "properties": {"a": part}, "required": ["a"]}).columns == {"a": dtype}
+
+
+def test_an_enum_of_fractions_is_a_column_of_numbers_also_after_parquet() -> None:
+    class Shared(BaseModel):
+        share: Share
+
+    back = written_and_read(of_model(Shared), '{"share": 0.5}', '{"share": 0}')
+    assert back["share"].tolist() == [0.5, 0.0, pd.NA]
 
 
 def test_objects_whose_keys_differ_come_back_from_parquet_each_with_its_own() -> None:

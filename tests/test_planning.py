@@ -113,6 +113,13 @@ def test_missing_selects_the_rows_without_an_answer() -> None:
     assert select(frame, call_options(where="missing", output="other")).tolist() == [True, True, True]
 
 
+@pytest.mark.parametrize("dtype", ["object", "category", "string", "str"])
+def test_a_row_that_is_ok_is_not_missing_though_it_holds_no_text(dtype: str) -> None:
+    statuses = pd.Series(["ok", "refused", None], index=FRAME.index).astype(dtype)
+    frame = FRAME.assign(response=pd.Series(None, FRAME.index, object), response_status=statuses)
+    assert select(frame, call_options(where="missing")).tolist() == [False, True, True]
+
+
 # ---- columns in the way
 
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import llmframe
+from llmframe.answers import read_reply
 from llmframe.errors import ConfigurationError
 from llmframe.replies import read_choices, read_output, read_usage, without_thinking
 from llmframe.responses import as_input
@@ -155,6 +156,28 @@ def test_messages_go_under_this_apis_names() -> None:
             {"type": "function_call_output", "call_id": "c1", "output": "4"},
         ],
     )
+
+
+def test_a_call_of_a_custom_tool_is_one_like_any_other_and_goes_back_as_it_came() -> None:
+    item = {"type": "custom_tool_call", "id": "ctc_1", "call_id": "c1", "name": "run", "input": "x = 1"}
+    (said,) = read_output({"status": "completed", "output": [item]}) or ()
+    (one,) = said.calls
+    assert one == {"id": "c1", "type": "custom", "custom": {"name": "run", "input": "x = 1"}}
+    turns = [{"role": "assistant", "content": None, "tool_calls": [one]}]
+    output = {"role": "tool", "tool_call_id": "c1", "content": "1"}
+    assert as_input([*turns, output])[1] == [
+        {"type": "custom_tool_call", "call_id": "c1", "name": "run", "input": "x = 1"},
+        {"type": "custom_tool_call_output", "call_id": "c1", "output": "1"},
+    ]
+
+
+def test_a_reply_that_is_completed_and_empty_is_an_answer_without_text() -> None:
+    reply = {"status": "completed", "output": [], "usage": {"input_tokens": 3, "output_tokens": 0}}
+    usual: dict[str, Any] = {"price": None, "several": False, "latency_s": 1.0, "attempts": 1, "request_id": None}
+    read = read_reply(reply, api="responses", schema=None, **usual)
+    assert read is not None
+    assert (read.status, read.error, read.prompt_tokens) == ("invalid", "the answer holds no text", 3)
+    assert read_reply({"output": []}, api="responses", schema=None, **usual) is None
 
 
 @pytest.mark.parametrize("name", ["n", "background"])

@@ -62,6 +62,16 @@ def test_the_properties_of_an_object_are_part_of_the_answer() -> None:
     assert frame.llm.review("form").rows[0].answer == '{"n": 1}\n\nform_n: 1'
 
 
+def test_columns_of_one_name_are_shown_each(server: SimulatedServer) -> None:
+    out = pd.DataFrame([["good", 1, 2]], columns=["text", "n", "n"]).llm.complete(
+        "Say: {text}", model="m", base_url=server.base_url, progress=False
+    )
+    assert out.llm.review().rows[0].sent == "text: good\nn: 1\nn: 2"
+    twice = pd.concat([out, out[["response_status"]]], axis=1)
+    with pytest.raises(ConfigurationError, match="more than one column 'response_status'"):
+        twice.llm.review()
+
+
 def test_an_embedding_or_a_long_text_does_not_make_the_page_heavy() -> None:
     frame = pd.DataFrame({"text": ["x" * 1_000_000], "response": [[1.0] * 100_000]})
     assert len(frame.llm.review()._repr_html_()) < 10_000

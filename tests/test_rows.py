@@ -301,6 +301,19 @@ def test_missing_asks_again_what_has_no_answer_and_keeps_the_rest(server: Simula
     assert server.stats().received == received + 2
 
 
+def test_a_call_of_tools_and_an_empty_answer_from_csv_are_not_paid_for_again(
+    server: SimulatedServer, ask: Ask, tmp_path: Path
+) -> None:
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
+    first = ask(pd.DataFrame({"x": ["a [[tool_calls]]", "[[content=]]", "[[status=400]]"]}), "x", tools=[tool])
+    assert first.response_status.tolist() == ["ok", "ok", "failed"]
+    first.to_csv(tmp_path / "out.csv", index=False)
+    received = server.stats().received
+    second = ask(pd.read_csv(tmp_path / "out.csv"), "x", tools=[tool], where="missing")
+    assert second.response_status.tolist() == ["ok", "ok", "failed"]
+    assert server.stats().received == received + 1
+
+
 def test_labels_that_are_there_already_are_kept_among_the_new_ones(ask: Ask) -> None:
     frame = pd.DataFrame({"x": ["[[say=b]]", "[[say=c]]"], "response": pd.Categorical(["a", None])})
     out = ask(frame, "x", schema=["c", "b", "a"], where="missing")
