@@ -711,7 +711,7 @@ def test_what_an_endpoint_that_stands_still_has_taken_is_waited_for(
     ran = ask(server, rows(2000))
     thread.join()
     assert ran.statuses == ["ok"] * 2000
-    assert server.stats().received <= 2001  # one row tells that it stands still
+    assert server.stats().received <= 2003  # one row at a time tells whether it still does
 
 
 # ---- outages
