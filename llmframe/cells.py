@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -65,7 +65,7 @@ def unpacked(value: Any) -> Any:
         return Endless()
 
 
-def text_of(value: Any) -> str:
+def as_text(value: Any) -> str:
     """Give a cell's text.
 
     Raises
@@ -73,9 +73,30 @@ def text_of(value: Any) -> str:
     TemplateError
         It has none, or one that another process would not give.
     """
+    if type(value) in ALIKE:
+        return str(value)
     if isinstance(value, BYTES):
         return _decoded(value)
     return _without_address(str(value), value)
+
+
+def refuse_address(text: str, row: Mapping[Hashable, Any]) -> None:
+    """Refuse what a function or a renderer made of a row if it wrote the address of a value.
+
+    Raises
+    ------
+    TemplateError
+        Naming the column.
+    """
+    if not ADDRESS.search(text):  # nearly always
+        return
+    for column, value in row.items():
+        try:
+            shown = "" if isinstance(value, BYTES) else str(value)
+        except Exception:  # its own __str__ may raise anything, and then is not in the text
+            continue
+        if _is_address(shown, value) and shown in text:
+            raise TemplateError(f"column {column!r} holds {_address(value)}")
 
 
 class Listed(list[Any]):
@@ -176,9 +197,7 @@ def _ndarray(value: np.ndarray[Any, Any]) -> Any:
     if value.dtype.kind in "mM":
         return _list(map(_plain, pd.Series(value).tolist()))  # ndarray.tolist gives times as ints
     found = value.tolist()
-    if value.dtype.kind in "fSV":
-        return _list(map(_plain, found))
-    return found
+    return found if _is_plain(found) else _list(map(_plain, found))
 
 
 def _list(items: Iterable[Any]) -> list[Any]:
@@ -281,10 +300,20 @@ def _decoded(value: bytes | bytearray | memoryview) -> str:
 
 
 def _without_address(text: str, value: Any) -> str:
-    """Give the text if every process gives it; what a list or dict holds has been looked at one by one."""
-    if isinstance(value, str | list | dict | set | Tupled | OrderedFrozenset) or not ADDRESS.search(text):
-        return text
-    raise TemplateError(
+    """Give the text if every process gives it."""
+    if _is_address(text, value):
+        raise TemplateError(_address(value))
+    return text
+
+
+def _is_address(text: str, value: Any) -> bool:
+    # Text may speak of addresses, and what is in a container has been looked at one by one.
+    looked_at = isinstance(value, str | list | dict | set | Tupled | OrderedFrozenset)
+    return not looked_at and ADDRESS.search(text) is not None
+
+
+def _address(value: Any) -> str:
+    return (
         f"a value of type {type(value).__name__} whose text is its address in memory, another in every process; "
         "make the column text first, or pass a function as the prompt that writes what the value holds"
     )

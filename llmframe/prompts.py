@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from llmframe.cells import values
+from llmframe.cells import refuse_address, values
 from llmframe.errors import ConfigurationError, TemplateError
 from llmframe.images import Attachment, CannotRead, attach, attachments_of
 from llmframe.jinja import unknown_name
@@ -361,6 +361,7 @@ class Prompts:
                 raise TemplateError(f"the prompt's render() raised {type(error).__name__}: {error}") from error
             if not isinstance(text, str):
                 raise TemplateError(f"the prompt's render() returned a value that is {kind(text)}; it has to be text")
+            refuse_address(text, row)
             return user(text)
 
         # What a foreign template needs cannot be known: it sees a missing value as None.
@@ -381,7 +382,10 @@ class Prompts:
                 raise TemplateError(
                     f"the prompt function returned a value that is {kind(value)}; it has to return text or messages"
                 )
-            return user(value) if isinstance(value, str) else check_messages(value, "what the function returned")
+            if not isinstance(value, str):
+                return check_messages(value, "what the function returned")
+            refuse_address(value, row)
+            return user(value)
 
         return _Maker(make, tuple(self.frame.columns), (), foreign=True)
 
