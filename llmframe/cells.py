@@ -154,9 +154,9 @@ class Endless:
 def _plain(value: Any) -> Any:
     if type(value) in PLAIN:
         return value
-    if isinstance(value, float) and not isinstance(value, np.generic):
+    if type(value) is float:
         return None if value != value else value
-    if value is pd.NaT or value is pd.NA or value is np.ma.masked:
+    if _is_missing(value):
         return None
     if isinstance(value, np.generic):
         return _scalar(value)
@@ -226,8 +226,16 @@ def _is_plain(items: Iterable[Any]) -> bool:
     return kinds - {float} <= PLAIN
 
 
+def _is_missing(value: Any) -> bool:
+    if isinstance(value, float):
+        return bool(value != value)
+    return value is pd.NaT or value is pd.NA or value is np.ma.masked
+
+
 def _key(value: Any) -> Any:
     """Give what is in a set, or the key of a dict, as plain Python that hashes as it did."""
+    if _is_missing(value):
+        return None
     if isinstance(value, np.generic):
         return _scalar(value)
     if type(value) is tuple:

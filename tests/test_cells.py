@@ -16,8 +16,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmframe.errors import TemplateError
+from llmframe.messages import well_formed
 from llmframe.prompts import Missing, Prompts
 
 WORDS = [f"word {number}" for number in range(1200)]
@@ -135,6 +138,7 @@ def test_a_set_has_one_text_in_every_process() -> None:
         ({"b", 2, ("a", np.int64(1)), None}, "{2, 'b', ('a', 1), None}"),
         ({frozenset({"b", "a"})}, "{{'a', 'b'}}"),
         ({DAY}, "{'2024-05-06 00:00:00'}"),
+        ({2.5, float("nan"), 1.5}, "{1.5, 2.5, None}"),
         ({"b": 1, "a": 2}.keys(), "{'a', 'b'}"),
     ],
 )
@@ -262,6 +266,21 @@ def test_a_time_in_a_list_is_still_one_to_a_function() -> None:
 def test_a_cell_of_plain_python_is_handed_on_as_it_is(cell: Any) -> None:
     (made,) = texts(column(cell), lambda row: f"{type(row.x) is type(cell)} {row.x}")
     assert made == f"True {cell}"
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(), inner),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None)
+@given(st.lists(PLAIN, min_size=1) | st.dictionaries(st.text(), PLAIN))
+def test_lists_and_dicts_of_plain_python_are_written_as_python_writes_them(cell: Any) -> None:
+    # Their texts are in the keys of all that has been paid for.
+    assert written(cell) == well_formed(repr(cell))
+    assert written(cell, lambda row: str(row.x)) == well_formed(repr(cell))
 
 
 # ---- floats
