@@ -13,6 +13,7 @@ import pandas as pd
 from llmframe import runner
 from llmframe.errors import ConfigurationError, TemplateError
 from llmframe.estimate import Estimate, estimate
+from llmframe.messages import kind
 from llmframe.options import (
     POLL_S,
     Options,
@@ -43,6 +44,11 @@ class LLMFrame:
     """
 
     def __init__(self, frame: pd.DataFrame) -> None:
+        if not isinstance(frame, pd.DataFrame):
+            raise ConfigurationError(
+                f"LLMFrame was given what is {kind(frame)}; give it a pandas DataFrame, as pd.DataFrame(...) makes one "
+                "of a dict, table.to_pandas() of an Arrow table and series.to_frame() of a Series"
+            )
         self._frame = frame
 
     @method_takes_options(call_options)
@@ -405,6 +411,10 @@ class LLMSeries:
     """
 
     def __init__(self, series: pd.Series[Any]) -> None:
+        if not isinstance(series, pd.Series):
+            raise ConfigurationError(
+                f"LLMSeries was given what is {kind(series)}; give it a pandas Series, as df['text'] is one"
+            )
         self._series = series
 
     @method_takes_options(call_options)

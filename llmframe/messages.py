@@ -43,7 +43,10 @@ def check_messages(value: Any, name: str) -> Messages:
         raise TemplateError(f"{name} is {kind(value)}, not a message array; write [{{'role': 'user', 'content': ...}}]")
     if len(value) == 0:
         raise TemplateError(f"{name} is an empty message array; it needs at least one message")
-    return [_check_message(message, f"{name}[{number}]") for number, message in enumerate(value)]
+    try:
+        return [_check_message(message, f"{name}[{number}]") for number, message in enumerate(value)]
+    except RecursionError:
+        raise TemplateError(f"{name} holds itself, or is nested too deep to be sent") from None
 
 
 def user(text: str) -> Messages:
@@ -109,7 +112,7 @@ def plain_scalar(value: Any) -> Any:
     >>> plain_scalar(np.float32(0.1)), plain_scalar(np.int64(1))
     (0.1, 1)
     """
-    return float(str(value)) if value.dtype in NARROW else value.item()
+    return float(np.format_float_scientific(value)) if value.dtype in NARROW else value.item()
 
 
 def kind(value: Any) -> str:

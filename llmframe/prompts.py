@@ -1,7 +1,7 @@
 """Turn a frame's columns and templates into messages: what each row would send.
 
 Pure, and made on demand a chunk at a time: only what a function or a renderer returned is kept for every row. A value
-reaches a template as pandas holds it (an int stays an int), and an array as a list.
+reaches a template as pandas holds it (an int stays an int), and an array as a list; see `cells`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from llmframe.cells import refuse_address, values
 from llmframe.errors import ConfigurationError, TemplateError
 from llmframe.images import Attachment, CannotRead, attach, attachments_of
 from llmframe.jinja import unknown_name
-from llmframe.messages import NARROW, Messages, check_messages, kind, plain_scalar, user, well_formed
+from llmframe.messages import Messages, check_messages, kind, user, well_formed
 from llmframe.results import PANDAS_3
 from llmframe.templates import Template, read_template, written
 
 Na = Literal["skip", "raise", "keep"]
 
-CONTAINERS = frozenset({np.ndarray, list, tuple, dict})
+RENDERED = frozenset({"content", "name", "role"})  # the rest of a message is of the API: ids, calls of tools
 CHUNK = 1024  # rows made into Python objects at a time: enough to make pandas' cost per call vanish
 
 
@@ -208,9 +209,9 @@ class Prompts:
         if not self._reads:
             yield from ({} for _ in chunk)
             return
-        columns = [_values(self.frame[column].iloc[chunk], pictures=column in self._images) for column in self._reads]
-        for values in zip(*columns, strict=True):
-            yield dict(zip(self._reads, values, strict=True))
+        columns = [values(self.frame[column].iloc[chunk], pictures=column in self._images) for column in self._reads]
+        for row in zip(*columns, strict=True):
+            yield dict(zip(self._reads, row, strict=True))
 
     def _own(self, position: int, row: Values) -> Messages | None:
         if not self._maker.foreign:
@@ -329,7 +330,7 @@ class Prompts:
             template = " ".join(f"{{{each}}}" for each in prompt)
             raise TemplateError(f"the prompt is a list of columns; write a template, as in {template!r}")
         compiled = [
-            {key: _compile(item, self._names) if key == "content" else item for key, item in message.items()}
+            {key: _compile(item, self._names) if key in RENDERED else item for key, item in message.items()}
             for message in check_messages(prompt, "prompt")
         ]
         columns = tuple(dict.fromkeys(_columns(compiled)))
@@ -338,20 +339,29 @@ class Prompts:
                 "no message of the prompt has a {column} field, so every row would send the same; "
                 "for message arrays without a frame there is llmframe.complete([...])"
             )
-        return _Maker(lambda row: _fill(compiled, row), columns, columns)
+
+        def make(row: Values) -> Messages:
+            messages: Messages = _fill(compiled, row)
+            for number, message in enumerate(messages):
+                if not message["role"]:
+                    raise TemplateError(f"prompt[{number}]: its role {prompt[number]['role']!r} is empty for this row")
+            return messages
+
+        return _Maker(make, columns, columns)
 
     def _from_renderer(self, renderer: Renderer) -> _Maker:
         def make(row: Values) -> Messages:
-            values = {name: row[label] for name, label in self._names.items()}
-            unknown = None if self._made else unknown_name(renderer, values)
+            known = {name: row[label] for name, label in self._names.items()}
+            unknown = None if self._made else unknown_name(renderer, known)
             if unknown is not None:
-                raise TemplateError.unknown_column(unknown, self._names)
+                raise unknown
             try:
-                text = renderer.render(**values)
+                text = renderer.render(**known)
             except Exception as error:
                 raise TemplateError(f"the prompt's render() raised {type(error).__name__}: {error}") from error
             if not isinstance(text, str):
                 raise TemplateError(f"the prompt's render() returned a value that is {kind(text)}; it has to be text")
+            refuse_address(text, row)
             return user(text)
 
         # What a foreign template needs cannot be known: it sees a missing value as None.
@@ -372,7 +382,10 @@ class Prompts:
                 raise TemplateError(
                     f"the prompt function returned a value that is {kind(value)}; it has to return text or messages"
                 )
-            return user(value) if isinstance(value, str) else check_messages(value, "what the function returned")
+            if not isinstance(value, str):
+                return check_messages(value, "what the function returned")
+            refuse_address(value, row)
+            return user(value)
 
         return _Maker(make, tuple(self.frame.columns), (), foreign=True)
 
@@ -382,49 +395,6 @@ def _names(frame: pd.DataFrame) -> dict[str, Hashable]:
     names: dict[str, Hashable] = {str(column): column for column in frame.columns}
     names.update({column: column for column in frame.columns if isinstance(column, str)})
     return names
-
-
-def _values(column: pd.Series[Any], *, pictures: bool) -> list[Any]:
-    """Give a column's values as Python objects, a missing one as None; a picture may be an array."""
-    values: list[Any] = column.tolist()
-    if column.dtype == object and not pictures:
-        values = values if CONTAINERS.isdisjoint(map(type, values)) else list(map(_unpacked, values))
-    held: Any = column.dtype.categories.dtype if isinstance(column.dtype, pd.CategoricalDtype) else column.dtype
-    dtype: Any = getattr(held, "numpy_dtype", held)
-    if dtype in NARROW:
-        values = [value if value is pd.NA else float(str(dtype.type(value))) for value in values]
-    for place in np.flatnonzero(column.isna().to_numpy()):
-        values[place] = None
-    return values
-
-
-def _unpacked(value: Any) -> Any:
-    """Give a list, tuple, dict or array as it was before parquet: its text is that of plain Python.
-
-    numpy's text of an array leaves out all but a few values, and that of a scalar in a list is code.
-    """
-    if isinstance(value, np.ndarray) and value.ndim:
-        if value.ndim > 1 or value.dtype == object or value.dtype in NARROW:
-            return list(map(_plain, value))
-        return pd.Series(value).tolist() if value.dtype.kind in "mM" else value.tolist()  # which gives times as ints
-    if type(value) is dict:
-        return {_plain(key): _plain(each) for key, each in value.items()}
-    if type(value) in (list, tuple):
-        kinds = set(map(type, value))
-        if not CONTAINERS.isdisjoint(kinds) or any(issubclass(each, np.generic) for each in kinds):
-            return type(value)(map(_plain, value))
-    return value
-
-
-def _plain(value: Any) -> Any:
-    """Give what is in a container as plain Python."""
-    if not isinstance(value, np.generic):
-        return _unpacked(value)
-    if isinstance(value, np.datetime64):
-        return pd.Timestamp(value)
-    if isinstance(value, np.timedelta64):
-        return pd.Timedelta(value)
-    return plain_scalar(value)
 
 
 def _from_column(column: Hashable) -> _Maker:
@@ -491,6 +461,10 @@ def _read_system(system: Any, names: Mapping[str, Hashable]) -> Template:
 
 def _read_examples(examples: Iterable[Any] | None) -> Messages:
     messages: Messages = []
+    if isinstance(examples, Iterator):
+        raise TemplateError(
+            f"examples= is {kind(examples)}, which the first call would use up; write list(...) around it"
+        )
     try:
         pairs = [] if examples is None else list(examples)
     except TypeError as error:  # no iterable, or an array without a dimension

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llmframe.cells import BYTES, as_text
 from llmframe.errors import TemplateError
 
 TOKEN = re.compile(r"\{\{|\}\}|\{[^{}]*\}|[{}]")
@@ -29,7 +30,7 @@ class Field:
         if not self.spec:
             return value if type(value) is str else written(value, self.column)
         try:
-            return format(value, self.spec)
+            return format(as_text(value) if isinstance(value, BYTES) else value, self.spec)
         except Exception as error:  # a value's own __format__ may raise anything
             raise TemplateError(
                 f"column {self.column!r} holds {_shown(value)}, which the spec {self.spec!r} does not take: {error}"
@@ -42,10 +43,12 @@ def written(value: Any, column: Hashable) -> str:
     Raises
     ------
     TemplateError
-        The value's own ``__str__`` raises.
+        It has no text, or its own ``__str__`` raises.
     """
     try:
-        return str(value)
+        return as_text(value)
+    except TemplateError as error:
+        raise TemplateError(f"column {column!r} holds {error}") from None
     except Exception as error:
         raise TemplateError(
             f"column {column!r} holds a value of type {type(value).__name__} that cannot be written as text: {error}"

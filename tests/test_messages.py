@@ -107,6 +107,13 @@ def test_a_wrong_shape_is_named_with_its_place(given: Any, said: str) -> None:
         check_messages(given, "m")
 
 
+def test_a_message_that_holds_itself_is_refused() -> None:
+    message: dict[str, Any] = {"role": "user", "content": []}
+    message["content"].append(message)
+    with pytest.raises(TemplateError, match="m holds itself, or is nested too deep to be sent"):
+        check_messages([message], "m")
+
+
 def test_message_arrays_survive_a_parquet_file(tmp_path: Path) -> None:
     arrays = [
         [USER],

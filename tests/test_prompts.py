@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import llmframe
 from llmframe.errors import ConfigurationError, LLMFrameError, TemplateError
 from llmframe.prompts import CHUNK, Missing, Prompts
 
@@ -33,6 +34,14 @@ def texts(frame: pd.DataFrame, prompt: Any, **keywords: Any) -> list[str]:
 def one(prompt: Any, row: dict[Any, Any], **keywords: Any) -> Any:
     (messages,) = made(pd.DataFrame([row]), prompt, **keywords)
     return messages
+
+
+def deep() -> list[Any]:
+    """Give a list in a list, deeper than Python goes."""
+    inner: list[Any] = []
+    for _ in range(3000):
+        inner = [inner]
+    return inner
 
 
 # ---- columns and values
@@ -105,11 +114,11 @@ def test_a_float32_in_a_list_is_written_as_it_reads() -> None:
         ([np.int64(1), np.int64(2)], "[1, 2]"),
         ([np.float64(0.5), None], "[0.5, None]"),
         ([np.float32(0.1)], "[0.1]"),
-        ((np.float16(0.1), "a"), "(0.1, 'a')"),
+        ((np.float16(0.1), "a"), "[0.1, 'a']"),
         ([[np.int64(1)], {"a": np.bool_(True)}], "[[1], {'a': True}]"),
         ({np.int64(1): np.str_("a")}, "{1: 'a'}"),
-        ([np.datetime64("2024-05-06")], "[Timestamp('2024-05-06 00:00:00')]"),
-        ([np.timedelta64(1, "D")], "[Timedelta('1 days 00:00:00')]"),
+        ([np.datetime64("2024-05-06")], "['2024-05-06 00:00:00']"),
+        ([np.timedelta64(1, "D")], "['1 days 00:00:00']"),
         (np.float32(0.1), "0.1"),
     ],
 )
@@ -273,7 +282,7 @@ def test_a_text_without_a_field_will_do_where_the_system_template_brings_the_row
 
 
 def test_the_system_text_comes_first_and_the_examples_before_the_prompts_own_turns() -> None:
-    pairs = (pair for pair in [("2+2", "4"), ["3+3", "6"]])  # any iterable, read once
+    pairs = {("2+2", "4"): 0, ("3+3", "6"): 0}.keys()  # anything that can be read again
     prompts = Prompts(pd.DataFrame({"x": ["5+5"]}), "{x}", system="Be brief.", examples=pairs)
     turns = [("system", "Be brief."), ("user", "2+2"), ("assistant", "4"), ("user", "3+3"), ("assistant", "6")]
     expected = [{"role": role, "content": content} for role, content in [*turns, ("user", "5+5")]]
@@ -297,6 +306,8 @@ def test_examples_come_after_the_prompts_own_system_message() -> None:
         ({"examples": [("a",)]}, r"examples\[0\] is of type tuple; it has to be a pair"),
         ({"examples": [("a", "b"), ("a", 5)]}, r"examples\[1\]: its assistant side is of type int"),
         ({"examples": 5}, "examples= is of type int"),
+        ({"examples": zip("a", "b", strict=True)}, r"examples= is of type zip, .* use up; write list\(...\)"),
+        ({"examples": iter([])}, r"examples= is of type list_iterator, .* use up"),
         ({"examples": np.array("ab")}, "examples= is of type ndarray"),
         ({"examples": pd.DataFrame({"x": ["a"]})}, r"examples\[0\] is a string \('x'\); it has to be a pair"),
         ({"na": "drop"}, "na='drop' is not known"),
@@ -317,7 +328,7 @@ def test_braces_in_an_example_are_text() -> None:
 # ---- message lists, and columns of message arrays
 
 
-def test_the_contents_of_a_message_list_are_templates_also_in_content_parts() -> None:
+def test_the_contents_and_names_of_a_message_list_are_templates_also_in_content_parts() -> None:
     prompt = [
         {"role": "system", "content": "Describe {{things}}"},
         {"role": "user", "name": "{x}", "content": [
@@ -327,11 +338,23 @@ def test_the_contents_of_a_message_list_are_templates_also_in_content_parts() ->
     ]  # fmt: skip
     assert one(prompt, {"x": 7, "file": "c.png"}) == [
         {"role": "system", "content": "Describe {things}"},
-        {"role": "user", "name": "{x}", "content": [
+        {"role": "user", "name": "7", "content": [
             {"type": "text", "text": "What is 007?"},
             {"type": "image_url", "image_url": {"url": "https://a.b/c.png", "detail": "low"}},
         ]},
     ]  # fmt: skip
+
+
+def test_the_role_of_a_message_may_be_a_field_which_has_to_be_there() -> None:
+    prompt = [{"role": "{r}", "content": "a"}]
+    frame = pd.DataFrame({"r": ["user", "assistant", None]})
+    (user, assistant, missing) = made(frame, prompt)
+    assert (user[0]["role"], assistant[0]["role"]) == ("user", "assistant")
+    assert missing == Missing("missing value in column 'r'")
+    with pytest.raises(TemplateError, match=r"row 2 .*prompt\[0\]: its role '\{r\}' is empty for this row"):
+        made(frame, prompt, na="keep")
+    with pytest.raises(TemplateError, match="no column 'q'"):
+        made(frame, [{"role": "user", "name": "{q}", "content": "{r}"}])
 
 
 def test_a_column_may_hold_message_arrays_as_lists_and_as_parquet_gives_them_back(tmp_path: Path) -> None:
@@ -414,6 +437,10 @@ def test_a_function_may_return_messages() -> None:
         (lambda row: row["txt"], r"raised KeyError: .*no column 'txt'; did you mean 'text'\?"),
         (lambda _: 5, "the prompt function returned a value that is of type int"),
         (lambda _: [{"content": "x"}], r"what the function returned\[0\] has no role"),
+        (
+            lambda _: [{"role": "user", "content": deep()}],
+            "what the function returned holds itself, or is nested too deep",
+        ),
         (lambda: "x", "raised TypeError"),
     ],
 )
@@ -459,6 +486,13 @@ def test_a_mistyped_name_in_a_jinja_template_is_refused(text: str) -> None:
         one(jinja2.Template(text), {"text": "a"})
 
 
+@pytest.mark.parametrize("text", ["{{ text }} {{ text.lenght }}", "{{ text }} {{ at.yaer | upper }}", "{{ cell.a.b }}"])
+def test_a_mistyped_attribute_in_a_jinja_template_is_refused(text: str) -> None:
+    said = "the template writes '(lenght|yaer|b)' of a value of type (str|Timestamp|int), which has none"
+    with pytest.raises(TemplateError, match=said):
+        one(jinja2.Template(text), {"text": "a", "at": pd.Timestamp("2024-05-06"), "cell": {"a": 1}})
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -468,13 +502,16 @@ def test_a_mistyped_name_in_a_jinja_template_is_refused(text: str) -> None:
         "{% if text == 'b' %}{% set more = 1 %}{% endif %}{{ text }}{{ more }}",
         "{% macro write(it, more) %}{{ it }}{{ more }}{% endmacro %}{{ write(text) }}",
         "{{ text }}{{ cell.more }}",
+        "{{ text }}{{ cell.list[5] }}",
+        "{{ text }}{{ none.more }}",
+        "{{ text }}{{ text.more | default('') }}",
         "{{ text }}{{ known }}",
         "{% for each in [text] %}{{ each }}{% endfor %}{{ range(0) | join }}",
     ],
 )
 def test_a_jinja_template_may_ask_for_names_that_are_no_columns(text: str) -> None:
     template = jinja2.Environment().from_string(text, {"known": ""})
-    assert one(template, {"text": "a", "cell": {"a": 1}}) == [{"role": "user", "content": "a"}]
+    assert one(template, {"text": "a", "cell": {"list": [1]}, "none": None}) == [{"role": "user", "content": "a"}]
 
 
 def test_a_jinja_template_whose_owner_says_what_becomes_of_unknown_names_keeps_to_that() -> None:
@@ -572,6 +609,20 @@ def test_the_messages_of_a_frame_are_a_series_with_its_index() -> None:
 def test_the_messages_need_no_model_and_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
     assert pd.DataFrame({"x": ["a"]}).llm.messages("x").tolist() == [[{"role": "user", "content": "a"}]]
+
+
+@pytest.mark.parametrize(
+    ("accessor", "given", "said"),
+    [
+        (llmframe.LLMFrame, {"x": ["a"]}, "of type dict; give it a pandas DataFrame"),
+        (llmframe.LLMFrame, pa.table({"x": ["a"]}), "of type Table; give it a pandas DataFrame"),
+        (llmframe.LLMFrame, pd.Series(["a"]), "of type Series; give it a pandas DataFrame"),
+        (llmframe.LLMSeries, pd.DataFrame({"x": ["a"]}), "of type DataFrame; give it a pandas Series"),
+    ],
+)
+def test_what_is_no_frame_is_refused_with_what_to_give(accessor: Any, given: Any, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        accessor(given)
 
 
 VALUES = pd.DataFrame(
