@@ -21,7 +21,6 @@ import numpy.typing as npt
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from llmframe.messages import well_formed
 from llmframe.origins import Origin
@@ -227,6 +226,8 @@ class Part:
 
     def __init__(self, file: pa.NativeFile | IO[bytes]) -> None:
         self._bytes = file
+        import pyarrow.parquet as pq  # a tenth of the time that `import llmframe` would take
+
         with _decoding():
             self._file = pq.ParquetFile(file, page_checksum_verification=True)
             found = self._file.schema_arrow
@@ -368,6 +369,8 @@ class PartWriter:
 
     def __init__(self, file: pa.NativeFile | IO[bytes], origins: Sequence[Origin]) -> None:
         self._summed = _Summed(file)
+        import pyarrow.parquet as pq  # see `Part`
+
         self._writer = pq.ParquetWriter(
             self._summed,
             COLUMNS,

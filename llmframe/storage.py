@@ -15,12 +15,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
-import filelock
 import pyarrow as pa
 
 from llmframe.errors import CheckpointError, ConfigurationError
+
+if TYPE_CHECKING:
+    import filelock
 
 __all__ = ["Bucket", "Directory", "Names", "Storage", "storage_at", "unreadable", "writer_of", "written"]
 
@@ -218,6 +220,8 @@ class Directory:
         return False
 
     def _file_lock(self, name: str) -> filelock.BaseFileLock:
+        import filelock  # a tenth of the time that `import llmframe` would take
+
         # Not thread-local: a run may be closed by another thread than the one that opened it.
         return filelock.FileLock(self._path / name, thread_local=False)
 
