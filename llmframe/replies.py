@@ -172,8 +172,8 @@ def read_output(payload: Any) -> list[Said] | None:
     output, status = item(payload, "output"), item(payload, "status")
     if not isinstance(output, list) or status not in ("completed", "incomplete", None):
         return None
-    if not output and status is None:
-        return None  # one that says it is completed was paid for, though it is empty
+    if not output and status != "incomplete":
+        return None
     parts = [part for one in output if item(one, "type") == "message" for part in _list(item(one, "content"))]
     thoughts = [one for one in output if item(one, "type") == "reasoning"]
     summaries = [part for one in thoughts for part in _list(item(one, "summary")) + _list(item(one, "content"))]
