@@ -51,7 +51,8 @@ def unpacked(value: Any) -> Any:
     """Give a cell as plain Python: an array as a list, as it was before parquet, and numpy's scalars as Python's own.
 
     What is not written as Python writes it comes as a list, dict or set that knows its text, so that a function and a
-    template write it alike.
+    template write it alike. What can more than that (a Series, a frame, a Counter) is handed on as it is: a function
+    may need what it can, and `as_text` writes it.
 
     Examples
     --------
@@ -59,10 +60,7 @@ def unpacked(value: Any) -> Any:
     >>> unpacked(np.array([1.5, np.nan])), unpacked({"b", "a"}), unpacked((1, 2))
     ([1.5, None], {'a', 'b'}, [1, 2])
     """
-    try:
-        return _plain(value)
-    except RecursionError:
-        return Endless()
+    return value if _can_more(value) else _written_out(value)
 
 
 def as_text(value: Any) -> str:
@@ -77,6 +75,8 @@ def as_text(value: Any) -> str:
         return str(value)
     if isinstance(value, BYTES):
         return _decoded(value)
+    if _can_more(value):
+        return str(_written_out(value))
     return _without_address(str(value), value)
 
 
@@ -112,7 +112,7 @@ class Tupled(tuple[Any, ...]):
     __slots__ = ()
 
     def __repr__(self) -> str:
-        return repr(Listed(self))
+        return repr(_list(self))
 
 
 class Keyed(dict[Any, Any]):
@@ -144,11 +144,36 @@ class OrderedFrozenset(frozenset[Any]):
         return repr(OrderedSet(self))
 
 
-class Endless:
-    """In the place of a value that holds itself, or is nested deeper than Python goes."""
+class Unwritable:
+    """In the place of a value that cannot be taken apart, for who writes it."""
+
+    def __init__(self, words: str) -> None:
+        self._words = words
 
     def __repr__(self) -> str:
-        raise TemplateError("a value that holds itself, or is nested too deep to be written as text")
+        raise TemplateError(self._words)
+
+
+def _can_more(value: Any) -> bool:
+    """Whether a value is a Series, a frame, or another kind of list or dict than Python's own."""
+    if isinstance(value, pd.Series | pd.DataFrame):
+        return True
+    if isinstance(value, list):
+        return type(value) is not list
+    return isinstance(value, Mapping) and type(value) is not dict
+
+
+def _written_out(value: Any) -> Any:
+    try:
+        return _plain(value)
+    except RecursionError:
+        return Unwritable("a value that holds itself, or is nested too deep to be written as text")
+    except TemplateError:
+        raise
+    except Exception as error:  # what a lazy mapping or an odd type of Arrow raises, though nobody may ask for its text
+        return Unwritable(
+            f"a value of type {type(value).__name__} that cannot be read ({type(error).__name__}: {error})"
+        )
 
 
 def _plain(value: Any) -> Any:
@@ -161,7 +186,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return _scalar(value)
     if isinstance(value, list):
-        return value if type(value) is list and _is_plain(value) else _list(map(_plain, value))
+        if type(value) is list and _is_plain(value):
+            return value
+        own_text = type(value).__repr__ is not list.__repr__ or type(value).__str__ is not object.__str__
+        return value if own_text and type(value) is not Listed else _list(map(_plain, value))
     if isinstance(value, Mapping):
         return _mapping(value)
     if isinstance(value, tuple):
@@ -177,6 +205,10 @@ def _array(value: Any) -> Any:
     """Give an array of numpy, pandas or Arrow as a list; their own text leaves out all but a few values."""
     if isinstance(value, np.ndarray):
         return _ndarray(value)
+    if isinstance(value, pd.Series):
+        return _series(value)
+    if isinstance(value, pd.MultiIndex):
+        return _list(map(_plain, value))
     if isinstance(value, PANDAS):
         return _list(map(_plain, values(pd.Series(value))))
     if isinstance(value, ARROW):
@@ -184,12 +216,40 @@ def _array(value: Any) -> Any:
     if isinstance(value, pa.Scalar):
         return _plain(_as_typed(value.as_py(), value.type))
     if isinstance(value, pd.DataFrame):
-        columns = [_plain(value.iloc[:, place]) for place in range(value.shape[1])]
-        return _list(_mapping(dict(zip(value.columns, row, strict=True))) for row in zip(*columns, strict=True))
+        return _frame(value)
     return value
 
 
+def _series(value: pd.Series[Any]) -> Any:
+    """Give a Series as the list of its values, with their labels where it has any."""
+    found = [_plain(each) for each in values(value)]
+    if _is_unlabelled(value.index):
+        return _list(found)
+    labels = [_key(label) for label in value.index]
+    if value.index.is_unique:
+        return _mapping(dict(zip(labels, found, strict=True)))
+    return _list(_list(pair) for pair in zip(labels, found, strict=True))
+
+
+def _frame(value: pd.DataFrame) -> Any:
+    """Give a frame as its rows; as its columns' names and its rows' values where names repeat."""
+    columns = [[_plain(each) for each in values(value.iloc[:, place])] for place in range(value.shape[1])]
+    names = [_key(name) for name in value.columns]
+    if not _is_unlabelled(value.index):
+        columns.insert(0, [_key(label) for label in value.index])
+        names.insert(0, value.index.name or "index")
+    rows = list(zip(*columns, strict=True))
+    if len(set(names)) < len(names):
+        return _list([_list(names), *map(_list, rows)])
+    return _list(_mapping(dict(zip(names, row, strict=True))) for row in rows)
+
+
+def _is_unlabelled(index: pd.Index[Any]) -> bool:
+    return isinstance(index, pd.RangeIndex) and index.equals(pd.RangeIndex(len(index)))
+
+
 def _ndarray(value: np.ndarray[Any, Any]) -> Any:
+    value = np.ma.asarray(value) if isinstance(value, np.ma.MaskedArray) else np.asarray(value)  # a matrix has no rows
     if value.ndim == 0:
         return _plain(value[()])
     if value.ndim > 1 or value.dtype == object or value.dtype in NARROW or isinstance(value, np.ma.MaskedArray):
@@ -276,7 +336,7 @@ def _as_typed(value: Any, kind: pa.DataType) -> Any:
         return {field.name: _as_typed(value[field.name], field.type) for field in kind}
     if pa.types.is_map(kind):
         return [(_as_typed(key, kind.key_type), _as_typed(each, kind.item_type)) for key, each in value]
-    if pa.types.is_dictionary(kind):
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
         return _as_typed(value, kind.value_type)
     if pa.types.is_nested(kind) and hasattr(kind, "value_type"):
         return [_as_typed(each, kind.value_type) for each in value]
@@ -315,9 +375,13 @@ def _without_address(text: str, value: Any) -> str:
 
 
 def _is_address(text: str, value: Any) -> bool:
-    # Text may speak of addresses, and what is in a container has been looked at one by one.
-    looked_at = isinstance(value, str | list | dict | set | Tupled | OrderedFrozenset)
-    return not looked_at and ADDRESS.search(text) is not None
+    """Whether a value's text tells where it, or what it holds, lies in memory; text may speak of other addresses."""
+    # What is in a container has been looked at one by one.
+    if isinstance(value, str | list | dict | set | Tupled | OrderedFrozenset) or ADDRESS.search(text) is None:
+        return False
+    held = [value, getattr(value, "__self__", None), getattr(value, "__func__", None)]
+    held += getattr(value, "__dict__", {}).values()
+    return any(f"{id(each):x}" in text.lower() for each in held if each is not None)
 
 
 def _address(value: Any) -> str:

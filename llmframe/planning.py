@@ -87,7 +87,7 @@ def select(frame: pd.DataFrame, options: Options) -> npt.NDArray[np.bool_]:
             raise ConfigurationError(f"where={where!r} is not known; it is 'missing' or a boolean mask")
         if options.output not in frame.columns:
             return np.ones(len(frame), dtype=bool)
-        return _unanswered(frame, options.output)
+        return _unanswered(frame, options)
     if isinstance(where, pd.Series) and not where.index.equals(frame.index):
         raise ConfigurationError(
             "the mask in where= has another index than the frame; "
@@ -105,11 +105,15 @@ def select(frame: pd.DataFrame, options: Options) -> npt.NDArray[np.bool_]:
     return mask.to_numpy(dtype=bool)
 
 
-def _unanswered(frame: pd.DataFrame, output: str) -> npt.NDArray[np.bool_]:
-    """Tell the rows that hold no answer; a call of tools is one, and so is the empty text that csv made a null of."""
-    missing: npt.NDArray[np.bool_] = frame[output].isna().to_numpy(dtype=bool)
-    status = f"{output}_status"
-    if int((frame.columns == status).sum()) != 1:
+def _unanswered(frame: pd.DataFrame, options: Options) -> npt.NDArray[np.bool_]:
+    """Tell the rows that hold no answer.
+
+    A plain text that is null may be an answer, where its status says so: a call of tools, or an empty text that csv
+    made a null of. A label, an object or a vector never is: somebody took it out to have it asked again.
+    """
+    missing: npt.NDArray[np.bool_] = frame[options.output].isna().to_numpy(dtype=bool)
+    status = f"{options.output}_status"
+    if options.embeds or options.schema is not None or int((frame.columns == status).sum()) != 1:
         return missing
     return missing & ~frame[status].isin(["ok"]).to_numpy(dtype=bool)
 

@@ -382,10 +382,11 @@ class Prompts:
                 raise TemplateError(
                     f"the prompt function returned a value that is {kind(value)}; it has to return text or messages"
                 )
-            if not isinstance(value, str):
-                return check_messages(value, "what the function returned")
-            refuse_address(value, row)
-            return user(value)
+            messages = user(value) if isinstance(value, str) else check_messages(value, "what the function returned")
+            for message in messages:
+                if isinstance(message.get("content"), str):
+                    refuse_address(message["content"], row)
+            return messages
 
         return _Maker(make, tuple(self.frame.columns), (), foreign=True)
 
@@ -402,6 +403,8 @@ def _from_column(column: Hashable) -> _Maker:
         value = row[column]
         if value is None:
             return user("")
+        if isinstance(value, pd.Series):
+            value = value.tolist()
         if isinstance(value, list | tuple | np.ndarray | Mapping):
             return check_messages(value, f"the message array in column {column!r}")
         return user(value if isinstance(value, str) else written(value, column))

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import types
-from collections import Counter, OrderedDict, defaultdict, namedtuple
+from collections import Counter, OrderedDict, UserDict, defaultdict, namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,6 @@ ALIKE = pytest.mark.parametrize("prompt", ["{x}", lambda row: f"{row.x}", jinja2
 @pytest.mark.parametrize(
     "array",
     [
-        pd.Series(WORDS),
-        pd.Series(WORDS, dtype="string[pyarrow]"),
         pd.Index(WORDS),
         pd.array(WORDS, dtype="string[pyarrow]"),
         pd.Categorical(WORDS),
@@ -81,13 +79,12 @@ def test_the_unique_values_of_groups_are_written_as_lists() -> None:
         (pd.array([1, None], dtype="Int64"), "[1, None]"),
         (pd.array([0.1, None], dtype="Float32"), "[0.1, None]"),
         (pa.array([0.1, None], pa.float32()), "[0.1, None]"),
-        (pd.Series([DAY]), "['2024-05-06 00:00:00']"),
         (pd.date_range("2024-05-06", periods=1), "['2024-05-06 00:00:00']"),
         ([pd.Series([1]), pa.array([2])], "[[1], [2]]"),
         (pa.scalar([0.1], pa.list_(pa.float32())), "[0.1]"),
         (pa.scalar("a"), "a"),
-        (pd.DataFrame({"a": [1, 2], "b": ["c", None]}), "[{'a': 1, 'b': 'c'}, {'a': 2, 'b': None}]"),
         (np.array(7), "7"),
+        (pd.MultiIndex.from_tuples([(1, "a")]), "[[1, 'a']]"),
         (np.ma.masked_array([1, 2], mask=[False, True]), "[1, None]"),
     ],
     ids=lambda value: f"{type(value).__name__}",
@@ -95,6 +92,38 @@ def test_the_unique_values_of_groups_are_written_as_lists() -> None:
 @ALIKE
 def test_what_an_array_holds_is_written_as_plain_python(cell: Any, shown: str, prompt: Any) -> None:
     assert written(cell, prompt) == shown
+
+
+@pytest.mark.parametrize(
+    ("cell", "shown"),
+    [
+        (pd.Series(WORDS), repr(WORDS)),
+        (pd.Series(WORDS, dtype="string[pyarrow]"), repr(WORDS)),
+        (pd.Series([DAY]), "['2024-05-06 00:00:00']"),
+        (pd.Series([2, 1], index=["slow", "clean"]), "{'slow': 2, 'clean': 1}"),
+        (pd.Series([2, 1], index=["slow", "slow"]), "[['slow', 2], ['slow', 1]]"),
+        (pd.DataFrame({"a": [1, 2], "b": ["c", None]}), "[{'a': 1, 'b': 'c'}, {'a': 2, 'b': None}]"),
+        (pd.DataFrame({"n": [3]}, index=["red"]), "[{'index': 'red', 'n': 3}]"),
+        (pd.DataFrame([["home", "away"]], columns=["team", "team"]), "[['team', 'team'], ['home', 'away']]"),
+    ],
+)
+def test_a_series_or_frame_in_a_cell_is_written_whole_with_its_labels(cell: Any, shown: str) -> None:
+    assert written(cell) == shown
+
+
+@pytest.mark.parametrize("prompt", [lambda row: row.x.to_csv(), jinja2.Template("{{ x.to_csv() }}")])
+def test_a_function_and_a_renderer_are_given_a_series_as_it_is(prompt: Any) -> None:
+    assert written(pd.Series([2], index=["slow"]), prompt) == ",0\nslow,2\n"
+
+
+def test_what_cannot_be_taken_apart_is_an_error_only_where_it_is_written() -> None:
+    class Closed(UserDict[str, int]):
+        def __getitem__(self, key: str) -> int:
+            raise RuntimeError("closed")
+
+    assert written(Closed(a=1), lambda row: f"{len(row)} column") == "1 column"
+    with pytest.raises(TemplateError, match=r"row 0.*Closed that cannot be read \(RuntimeError: closed\)"):
+        written(Closed(a=1))
 
 
 def test_an_array_of_pandas_may_be_a_message_array_as_one_of_numpy_may() -> None:
@@ -195,9 +224,24 @@ def test_an_address_in_a_text_is_text() -> None:
     ],
     ids=lambda cell: type(cell).__name__,
 )
-@ALIKE
-def test_a_mapping_of_any_kind_is_written_as_the_dict(cell: Any, prompt: Any) -> None:
-    assert written(cell, prompt) == "{'a': 1, 'b': 2}"
+def test_a_mapping_of_any_kind_is_written_as_the_dict(cell: Any) -> None:
+    assert written(cell) == "{'a': 1, 'b': 2}"
+
+
+def test_a_function_is_given_a_mapping_as_it_is() -> None:
+    assert written(Counter("aab"), lambda row: row.x.most_common(1)[0][0]) == "a"
+
+
+def test_a_list_with_a_text_of_its_own_keeps_it() -> None:
+    class Names(list[str]):
+        def __str__(self) -> str:
+            return " and ".join(self)
+
+    assert written(Names(["Ann", "Bob"])) == "Ann and Bob"
+
+
+def test_a_text_that_speaks_of_addresses_is_no_address() -> None:
+    assert "0x7f00" in written(ValueError("bad <Thing object at 0x7f00>"))
 
 
 @ALIKE
