@@ -29,9 +29,9 @@ from llmframe.limits import rate_headers, retry_after_s
 from llmframe.lines import Line
 from llmframe.pacing import Caps
 from llmframe.patience import NOT_THERE, Patience
-from llmframe.replies import read_json
+from llmframe.replies import read_json, read_usage
 from llmframe.requests import Form, text_bytes
-from llmframe.results import Completion, after
+from llmframe.results import Completion, Usage, after
 from llmframe.timeouts import DOUBT_S, MOST_TRIALS, Timeout
 from llmframe.transports import Lost, ReplicaDown, Reply, Wrote
 
@@ -252,7 +252,7 @@ class Crew:
         try:
             while (job := self._take()) is not None:
                 self._hire()
-                most = None
+                body, most = job.body, None
                 if self._budget is not None and (most := await self._afford(self._budget, job)) is None:
                     continue
                 try:
@@ -260,6 +260,13 @@ class Crew:
                 except BaseException:  # it is not sent; and the budget may be that of other runs too
                     self._set_free(most)
                     raise
+                if job.over or job.body is not body:  # meanwhile an attempt before it was answered after all
+                    self._line.wrote()
+                    self._line.release()
+                    self._set_free(most)
+                    if not job.over:
+                        self._due.appendleft(job)
+                    continue
                 await self._attempt(job, started, most)
         except Exception as error:
             self._stop(error)
@@ -321,11 +328,6 @@ class Crew:
         """Send a request once, and deliver its outcome or put it by for a retry."""
         task = asyncio.current_task()
         assert task is not None
-        if job.over:  # while it waited for its turn, an attempt before it was answered after all
-            self._line.wrote()
-            self._line.release()
-            self._set_free(most)
-            return
         job.attempts += 1
         self._tally.sent += 1
         attempt = Attempt(job, job.body, started, len(self._flying), most)
@@ -382,6 +384,10 @@ class Crew:
         failure = failures.of_reply(reply.status, reply.headers, reply.body, payload, reply.redact)
         if failure is not None:
             return reply, payload, failure
+        if job.over:  # what is delivered is not there to be read again: it is heard for when it came, and what it cost
+            usage = read_usage(payload) or Usage()
+            heard = Completion(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
+            return reply, payload, heard
         request_id = reply.headers.get("x-request-id")
         completion = self._read(
             payload, number=job.number, latency_s=latency_s, attempts=job.attempts, request_id=request_id
@@ -510,7 +516,12 @@ class Crew:
     def _settle(self, attempt: Attempt, failure: Failure, asked_s: float | None, now: float) -> float | None:
         """Stop the run, give up the row, or give the seconds to wait for its next attempt."""
         job = attempt.job
+        if job.failure is not None:
+            self._end(job, job.failure)
+            return None
         if failure.verdict == "run":
+            if any(each.job is job for each in self._denied):
+                return None
             if self._line.answered and failure.http in PERHAPS_THE_ROWS:
                 self._deny(_Denied(job, failure, attempt.started, now, self._tally.answered))
             else:
@@ -520,9 +531,6 @@ class Crew:
             self._patience.accepted()
         elif failure.kind == "rate limit" and (words := self._patience.refused(failure, now, self._oldest)):
             self._stop_at(job, words)
-            return None
-        if job.failure is not None:
-            self._end(job, job.failure)
             return None
         job.strikes += self._is_strike(job, failure)
         last = failure.verdict == "row" or job.strikes >= self._policy.max_attempts
@@ -608,7 +616,7 @@ class Crew:
     def _end(self, job: Job, failure: Failure) -> None:
         """Fail a row, or ask its parts, unless it has an attempt that may yet be answered."""
         job.failure = failure
-        if not job.going and not self._divide(job, failure):
+        if not (job.over or self._attempts_of(job) or self._divide(job, failure)):
             self._give_up(job, failure)
 
     def _give_up(self, job: Job, failure: Failure) -> None:
@@ -667,12 +675,14 @@ class Crew:
         least_s = self._timeout.seconds(0)
         # Whatever was sent after one that has not waited for so long has waited for less.
         late = list(takewhile(lambda each: now - each.started > least_s, self._flying))
+        silent = now - self._heard_at > least_s / 2
+        stuck = silent and self._line.pacer.full
         for attempt in late:
-            if attempt.doubted and now - attempt.started > least_s + DOUBT_S:
+            waits = stuck and attempt.job.going > len(self._attempts_of(attempt.job))  # for a place that it may have
+            if attempt.doubted and (waits or now - attempt.started > least_s + DOUBT_S):
                 attempt.give_up(now)
         late = [each for each in late if self._is_overdue(each, now)]
         trials = len(self._on_trial - {attempt.job for attempt in late})
-        silent = now - self._heard_at > least_s / 2
         for attempt in late:
             job, waited_s = attempt.job, now - attempt.started
             # Where the budget has no room for another, giving one up would gain nothing.
@@ -681,7 +691,7 @@ class Crew:
             if self._timeout.gives_up(waited_s, failures=job.timeouts, trials=taken, silent=silent):
                 trials += 1
                 self._on_trial.add(job)
-                if (silent and self._line.pacer.full) or not self._ask_beside(attempt):
+                if stuck or not self._ask_beside(attempt):
                     attempt.give_up(now)
 
     def _is_overdue(self, attempt: Attempt, now: float) -> bool:

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import orjson
 import pytest
@@ -631,6 +631,54 @@ def test_a_row_fails_when_none_of_its_attempts_is_open_any_more(
     ran = ask(server, [*rows(50), "[[hang_first=1]][[status=400]] lost"])
     assert ran.statuses == ["ok"] * 50 + ["failed"]
     assert time.monotonic() - began < 4.0
+
+
+def test_what_comes_for_a_row_that_has_its_answer_is_read_no_more(
+    server: SimulatedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timeouts, "FLOOR_S", 0.3)
+    given: set[int] = set()
+
+    def read_once(payload: Any, *, number: int, **told: Any) -> Completion | None:
+        assert number not in given, "what was delivered is there no more"  # as with the texts of an embedding
+        return read(payload, number=number, **told)
+
+    async def main() -> Ran:
+        ran = Ran([*rows(60), "[[sleep=4]] last"], Policy(Caps(max_concurrency=8)), server.base_url, read=read_once)
+        ran.after = lambda number, _: given.add(number)
+        task = asyncio.create_task(ran.run())
+        await server.until(answered=40)
+        server.change(p_slow=1.0, slow_s=2.5)
+        await server.until(in_flight=8)
+        await asyncio.sleep(0.2)
+        server.change(p_slow=0.0)
+        await task
+        return ran
+
+    ran = alone(main())
+    assert ran.statuses == ["ok"] * 61
+    assert ran.tally.failures["timeout"] >= 1
+    assert max(server.answered_by_content().values()) == 2  # the server did answer one that was no longer waited for
+
+
+def test_a_row_that_two_attempts_were_denied_for_is_one_row(
+    server: SimulatedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timeouts, "FLOOR_S", 0.3)
+    ran = ask(server, [*rows(60), "[[sleep=1]][[status=403]] denied", "[[sleep=3]] slow"])
+    assert ran.statuses == ["ok"] * 60 + ["failed", "ok"]
+
+
+def test_where_lost_requests_fill_a_cap_one_of_them_makes_room_for_a_trial(
+    server: SimulatedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timeouts, "FLOOR_S", 0.5)
+    server.reset(latency_s=0.02)
+    texts = [f"[[hang_first=1]] {number}" if number % 10 == 9 else f"row {number}" for number in range(120)]
+    began = time.monotonic()
+    ran = ask(server, texts, Policy(Caps(max_concurrency=4)))
+    assert ran.statuses == ["ok"] * 120
+    assert time.monotonic() - began < 20.0  # a trial that is never sent would be waited for a minute
 
 
 def test_a_run_does_not_wait_for_what_its_rows_no_longer_wait_for(
