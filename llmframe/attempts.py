@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from llmframe.budget import Cost
 from llmframe.failures import Failure
 from llmframe.requests import Form
 from llmframe.results import Completion
@@ -69,8 +68,6 @@ class Attempt:
         Whose, and what was sent: since then another body may have been made for it.
     started, beside : float, int
         When it was let in, and others of the run in flight then.
-    most : Cost or None
-        What the budget has set aside for it.
     deadline : asyncio.Timeout or None
         Ends it when it has taken too long.
     doubted : bool
@@ -81,7 +78,6 @@ class Attempt:
     body: bytes
     started: float
     beside: int
-    most: Cost | None
     deadline: asyncio.Timeout | None = None
     doubted: bool = False
 

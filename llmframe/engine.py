@@ -330,7 +330,7 @@ class Crew:
         assert task is not None
         job.attempts += 1
         self._tally.sent += 1
-        attempt = Attempt(job, job.body, started, len(self._flying), most)
+        attempt = Attempt(job, job.body, started, len(self._flying))
         self._flying[attempt] = task
         wrote = _Once(self._line.wrote) if self._line.pacer.capped else None
         try:
@@ -447,10 +447,9 @@ class Crew:
         assert self._ask_again is not None
         job.body, job.form = body, self._ask_again.form
         job.tokens = _tokens_of(body)
-        flying = self._attempts_of(job)
-        for attempt in flying:
+        for attempt in self._attempts_of(job):
             attempt.give_up(self._loop.time())
-        if job.going == len(flying):  # else one that waits for its turn sends it
+        if not self._waits(job):  # else what waits sends it
             job.going += 1
             self._due.append(job)
         self._hire()
@@ -678,9 +677,8 @@ class Crew:
         silent = now - self._heard_at > least_s / 2
         stuck = silent and self._line.pacer.full
         for attempt in late:
-            waits = stuck and attempt.job.going > len(self._attempts_of(attempt.job))  # for a place that it may have
-            if attempt.doubted and (waits or now - attempt.started > least_s + DOUBT_S):
-                attempt.give_up(now)
+            if attempt.doubted and (now - attempt.started > least_s + DOUBT_S or (stuck and self._waits(attempt.job))):
+                attempt.give_up(now)  # so that the attempt that waits has its place
         late = [each for each in late if self._is_overdue(each, now)]
         trials = len(self._on_trial - {attempt.job for attempt in late})
         for attempt in late:
@@ -731,6 +729,10 @@ class Crew:
         for attempt in self._attempts_of(job):
             if not attempt.doubted:
                 attempt.give_up(self._loop.time())
+
+    def _waits(self, job: Job) -> bool:
+        """Whether an attempt of a row waits for its turn."""
+        return job.going > len(self._attempts_of(job))
 
     def _attempts_of(self, job: Job) -> list[Attempt]:
         """Give a row's attempts in flight."""

@@ -180,13 +180,18 @@ def test_of_two_answers_within_a_microsecond_the_later_added_is_given_back(tmp_p
     assert found(tmp_path, range(2))[1].text == "c"
 
 
-def test_what_supersedes_an_answer_is_given_back_though_the_clock_of_the_first_was_ahead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def save_by_a_clock_ahead(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save the answer "old" to key 1, as of a minute from now."""
     now = time.time_ns()
     with monkeypatch.context() as patch:
         patch.setattr(time, "time_ns", lambda: now + 60 * 10**9)
-        save(tmp_path, {1: answer("old")})
+        save(path, {1: answer("old")})
+
+
+def test_what_supersedes_an_answer_is_given_back_though_the_clock_of_the_first_was_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_by_a_clock_ahead(tmp_path, monkeypatch)
     checkpoint = Checkpoint.open(tmp_path, ORIGIN)
     checkpoint.supersede(packed([key(1), key(2)]))
     checkpoint.add(key(1), answer("new"))
@@ -199,9 +204,7 @@ def test_what_supersedes_an_answer_while_another_is_added_is_given_back_all_the_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = time.time_ns()
-    with monkeypatch.context() as patch:
-        patch.setattr(time, "time_ns", lambda: now + 60 * 10**9)
-        save(tmp_path, {1: answer("old")})
+    save_by_a_clock_ahead(tmp_path, monkeypatch)
     checkpoint = Checkpoint.open(tmp_path, ORIGIN)
     superseding = threading.Thread(target=checkpoint.supersede, args=[packed([key(1)])])
 
