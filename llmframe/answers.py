@@ -15,6 +15,8 @@ from llmframe.requests import Api
 from llmframe.results import STATUSES, Completion, Status
 from llmframe.schemas import Labels, Schema, Unfit
 
+NO_ANSWER = "the reply holds no answer"
+
 
 def read_reply(
     payload: Any,
@@ -51,13 +53,17 @@ def read_reply(
     Returns
     -------
     Completion or None
-        None where the reply holds no answer at all.
+        None where the reply holds no answer at all; one that is ``failed`` where it says that it cost something.
     """
     answers = read_output(payload) if api == "responses" else read_choices(payload)
-    if answers is None:
-        return None
     usage = read_usage(payload)
-    read = [_read(said, schema) for said in answers]
+    read: list[tuple[Any, Any, Status, str | None]]
+    if answers is not None:
+        read = [_read(said, schema) for said in answers]
+    elif usage is not None and (usage.prompt_tokens or usage.completion_tokens):
+        answers, read, several = [Said(None)], [(None, None, "failed", NO_ANSWER)], False
+    else:
+        return None
     text: Any
     text, parsed, status, error = read[0]
     first = answers[0]

@@ -30,8 +30,10 @@ class Job:
         How the schema is put to the endpoint.
     repairs : int
         Answers that did not fit and were asked again.
+    empty : int
+        Replies that cost something, and held no answer.
     unfit : Completion or None
-        The last of them, with what all of them cost.
+        The last of these answers or replies, with what all of them cost.
     failure : Failure or None
         What it fails with, unless an attempt that is still open is answered.
     url : str
@@ -52,6 +54,7 @@ class Job:
     failed: int = 0
     form: Form = "json_schema"
     repairs: int = 0
+    empty: int = 0
     unfit: Completion | None = None
     failure: Failure | None = None
     url: str = ""
@@ -72,6 +75,8 @@ class Attempt:
         Ends it when it has taken too long.
     doubted : bool
         It is overdue, and counted as failed; its row was asked again, and what it may yet say is heard.
+    starved : int
+        How often a connection was closed because it may lack one.
     """
 
     job: Job
@@ -80,6 +85,7 @@ class Attempt:
     beside: int
     deadline: asyncio.Timeout | None = None
     doubted: bool = False
+    starved: int = 0
 
     @property
     def moot(self) -> bool:

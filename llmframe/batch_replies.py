@@ -69,7 +69,7 @@ def read_line(line: bytes, read: Read) -> Answered | Left | None:
     failure = failures.of_reply(status, {}, body, payload)
     if failure is None:
         completion = read(payload, request_id if isinstance(request_id, str) else None)
-        if completion is not None:
+        if completion is not None and completion.status != "failed":
             return Answered(key, completion)
         failure = failures.of_no_answer(status, body)
     return Left(key, failure.status, failure.message, again=failure.verdict != "row")

@@ -119,7 +119,7 @@ def _deliverer(prepared: Prepared) -> Deliver:
     def deliver(number: int, completion: Completion) -> None:
         state.outcomes.put(number, completion)
         state.rows_done += int(shared[number])
-        if completion.status in PAID:
+        if completion.status in PAID or completion.source == "request":  # some failures are on the bill
             state.pay(completion)
         if checkpoint is not None:
             checkpoint.add(state.plan.keys[number].tobytes(), completion)
@@ -162,7 +162,7 @@ def _embeddings_deliverer(prepared: Prepared, made: Embedding, deliver: Deliver)
                 checkpoint.add_embeddings(state.plan.keys[numbers], found)
             raise EndpointError(other_length(found.vectors.shape[1], kept, state.options))
         if known not in (None, found.vectors.shape[1]):
-            state.pay(completion)  # of no use, and billed all the same
+            # Of no use, and billed all the same.
             words = f"the endpoint gave {found.vectors.shape[1]:,} numbers, where it gave {known:,} before"
             failed = replace(completion, status="failed", error=words, parsed=None)
             shares = zip(numbers.tolist(), found.prompt_tokens.tolist(), found.cost_usd.tolist(), strict=True)

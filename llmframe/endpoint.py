@@ -31,6 +31,7 @@ from llmframe.transports import (
     is_default_transport,
 )
 
+TRUSTED = ("SSL_CERT_FILE", "SSL_CERT_DIR")  # of the environment: whom a connection trusts, once it is made
 CONNECT_S = 10.0  # a host that takes no connection for this long is not there
 
 
@@ -181,7 +182,7 @@ def _of_client(client: Any, extras: Extras, path: str) -> Endpoint:
         return Endpoint(
             identity(base_url),
             url,
-            ("aiohttp", target, tuple(sorted(headers.items())), proxy, timeout),
+            ("aiohttp", target, tuple(sorted(headers.items())), proxy, timeout, *map(os.environ.get, TRUSTED)),
             lambda: AiohttpTransport(target, headers, proxy, timeout),
             client=lambda: client,
         )

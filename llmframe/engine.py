@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from llmframe import failures, patience
 from llmframe.attempts import Attempt, Job
 from llmframe.billing import may_be_billed, paid
+from llmframe.blame import ALIKE, PERHAPS_THE_ROWS, Blame, Denied, is_strike
 from llmframe.budget import Budget, Cost
 from llmframe.crowding import Crowding
 from llmframe.endpoint import Endpoint
@@ -32,19 +33,14 @@ from llmframe.patience import NOT_THERE, Patience
 from llmframe.replies import read_json, read_usage
 from llmframe.requests import Form, text_bytes
 from llmframe.results import Completion, Usage, after
-from llmframe.timeouts import DOUBT_S, MOST_TRIALS, Timeout
+from llmframe.timeouts import DOUBT_S, MOST_TRIALS, Timeout, may_starve
 from llmframe.transports import Lost, ReplicaDown, Reply, Wrote
 
 AHEAD = 2  # requests beyond the window that are made and wait: by them the pacer sees that more is wanted
 GRACE_S = 1.0  # what is in flight is paid for: how long a stopped run waits for it
-ALIKE = 20  # the same refusal of so many first rows, with no answer among them, is the run's failure
-GATEWAY = frozenset({502, 503, 504})  # statuses of whoever stands before a server that is not there
-REFUSALS_A_STRIKE = 3  # of one row, while others are answered: bad luck with a limit, until it has lasted too long
-PERHAPS_THE_ROWS = frozenset({403, 404})
-"""Statuses that end a run as a rule, and that some give to a row: a firewall to its words, a router to its images."""
-DENIED = 3  # rows so refused, with no answer to what was sent after the first, are no chance
 DOUBTED_SHARE = 1 / 16  # of what may be in flight: overdue attempts that stay open beside a new one of the same row
 DOUBTED_LEAST = 4  # requests that may be in flight; of fewer, one that is lost and stays open would take too many
+EMPTY = 3  # replies without an answer that a row is charged for, at most: chance would have mended it by then
 STRIKES_TOGETHER = 3  # failures of a request of several rows before it is sent in parts: it may be one of them
 BYTES_A_TOKEN = 4  # of English; the pacer learns how far that is off
 EXPECTED_TOKENS = 64  # reserved for an answer, until the pacer has learned what requests really take
@@ -124,17 +120,6 @@ class Tally:
     unkept: dict[int, Completion] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class _Denied:
-    """A row refused as a run is, where others are answered: whose fault it is will show by what is sent after it."""
-
-    job: Job
-    failure: Failure
-    sent: float
-    at: float
-    answered_before: int
-
-
 class Crew:
     """The workers of one run.
 
@@ -194,8 +179,7 @@ class Crew:
         self._heard_at = self._loop.time()  # the last reply
         self._patience = Patience(endpoint.url, self._heard_at)
         self._crowding = Crowding()
-        self._denied: list[_Denied] = []
-        self._refusals: list[int | None] | None = []  # HTTP statuses of the first rows, while all are one 4xx
+        self._blame = Blame()
         self._finished: asyncio.Future[None] = self._loop.create_future()
 
     async def run(self) -> None:
@@ -392,8 +376,9 @@ class Crew:
         completion = self._read(
             payload, number=job.number, latency_s=latency_s, attempts=job.attempts, request_id=request_id
         )
-        if completion is None:
-            return reply, payload, failures.of_no_answer(reply.status, reply.body, reply.redact)
+        if completion is None or completion.status == "failed":
+            failure = failures.of_no_answer(reply.status, reply.body, reply.redact)
+            return reply, payload, failure if completion is None else replace(completion, error=failure.message)
         return reply, payload, completion
 
     def _heard_late(self, attempt: Attempt, reply: Reply | None, outcome: Completion | Failure, now: float) -> None:
@@ -427,25 +412,48 @@ class Crew:
         self._line.admit()
         self._timeout.answered(latency_s, 0 if attempt.doubted else job.timeouts)
         self._on_trial.discard(job)
-        self._tally.answered += 1
-        self._refusals = None
-        if self._denied:
+        if self._blame.denied:
             self._clear(attempt.started)
+        if completion.status == "failed":
+            self._tally.failures["bad body"] += 1
+            self._paid_for_nothing(job, completion)
+            return
+        self._tally.answered += 1
+        self._blame.answered()
         if job.unfit is not None:
             completion = after(job.unfit, completion)
         if self._ask_again is not None:
             body = self._ask_again.repaired(job.number, job.repairs, payload, completion)
             if body is not None:
                 job.repairs += 1
-                job.unfit = self._tally.unkept[job.number] = completion
-                self._send_again(job, body)  # in a run that was stopped it stays pending, and is asked anew
+                job.form = self._ask_again.form
+                self._pay_again(job, completion, body)
                 return
         self._done(job, completion)
 
+    def _paid_for_nothing(self, job: Job, completion: Completion) -> None:
+        """Ask a few more times where a reply tells what it cost, and holds no answer: each is on the bill."""
+        job.empty += 1
+        unfit = job.unfit
+        if unfit is not None and unfit.status != "failed":  # better than none
+            self._done(job, replace(after(completion, unfit), attempts=job.attempts))
+            return
+        if unfit is not None:
+            completion = after(unfit, completion)
+        if job.empty < EMPTY:
+            self._pay_again(job, completion, job.body)
+            return
+        self._done(job, completion)
+        self._stop_if_all_end_so(job, "no answer", completion.error or "")
+
+    def _pay_again(self, job: Job, unkept: Completion, body: bytes) -> None:
+        """Ask again after a reply that was paid for; in a run that was stopped the row is pending, and asked anew."""
+        job.unfit = self._tally.unkept[job.number] = unkept
+        self._send_again(job, body)
+
     def _send_again(self, job: Job, body: bytes) -> None:
-        """Send another body for a row, ahead of the rows that wait."""
-        assert self._ask_again is not None
-        job.body, job.form = body, self._ask_again.form
+        """Send a body for a row, ahead of the rows that wait."""
+        job.body = body
         job.tokens = _tokens_of(body)
         for attempt in self._attempts_of(job):
             attempt.give_up(self._loop.time())
@@ -468,6 +476,7 @@ class Crew:
         if self._ask_again is not None:
             body = self._ask_again.fallen_back(job.number, job.form, failure)
             if body is not None and not self._finished.done():
+                job.form = self._ask_again.form
                 self._line.admit()
                 self._send_again(job, body)
                 return
@@ -519,10 +528,10 @@ class Crew:
             self._end(job, job.failure)
             return None
         if failure.verdict == "run":
-            if any(each.job is job for each in self._denied):
+            if self._blame.is_put_by(job):
                 return None
             if self._line.answered and failure.http in PERHAPS_THE_ROWS:
-                self._deny(_Denied(job, failure, attempt.started, now, self._tally.answered))
+                self._deny(Denied(job, failure, attempt.started, now, self._tally.answered))
             else:
                 self._stop_at(job, failure.message)
             return None
@@ -531,11 +540,14 @@ class Crew:
         elif failure.kind == "rate limit" and (words := self._patience.refused(failure, now, self._oldest)):
             self._stop_at(job, words)
             return None
-        job.strikes += self._is_strike(job, failure)
+        down = self._line.pacer.down_since is not None
+        alone = self._exhausted and self._failing == self._open and self._line.answered
+        answered = self._tally.answered
+        job.strikes += is_strike(job, failure, self._crowding, answered=answered, down=down, alone=alone)
         last = failure.verdict == "row" or job.strikes >= self._policy.max_attempts
         suspect = job.strikes >= STRIKES_TOGETHER and failure.kind != "rate limit"
         # While the endpoint looks down nothing is a strike: it may be one bad row in every request that looks like it.
-        suspect |= failure.http == 500 and self._line.pacer.down_since is not None
+        suspect |= failure.http == 500 and down
         if last:
             self._end(job, failure)
             return None
@@ -550,47 +562,23 @@ class Crew:
             return 0.0
         if failure.kind == "timeout" and self._policy.timeout_s is None:
             return 0.0  # it has waited long enough, and others wait for what comes of it
-        if self._line.pacer.down_since is not None:
+        if down:
             return 0.0  # its probes are spaced already
         return failures.backoff_s(max(1, job.strikes), random.random())
 
-    def _deny(self, denied: _Denied) -> None:
+    def _deny(self, denied: Denied) -> None:
         """Put a row by that is refused as a run is; stop where that is what comes of all that is sent."""
-        job = denied.job
-        job.failed += 1
-        self._failing += job.failed == 1
-        self._denied.append(denied)
-        first = self._denied[0]
-        others = sum(other.started >= first.sent for other in self._flying)
-        others += self._tally.answered - first.answered_before
-        if len(self._denied) >= max(DENIED, others):  # half of what was sent since, though answers take longer
+        denied.job.failed += 1
+        self._failing += denied.job.failed == 1
+        if self._blame.deny(denied, self._flying, self._tally.answered):
+            first = self._blame.denied[0]
             self._stop_at(first.job, first.failure.message)
         self._finish_if_done()
 
     def _clear(self, sent: float) -> None:
         """Fail the rows that were put by before something was sent that is answered now: the endpoint is as it was."""
-        cleared = [each for each in self._denied if each.at < sent]
-        self._denied = [each for each in self._denied if each.at >= sent]
-        for each in cleared:
+        for each in self._blame.cleared(sent):
             self._end(each.job, replace(each.failure, verdict="row"))
-
-    def _is_strike(self, job: Job, failure: Failure) -> bool:
-        """Whether a failure may be the row's own, and not the endpoint's or its other users'."""
-        if failure.kind == "replica away" and failure.http is not None:
-            job.refusals += 1  # one that is set up otherwise is soon out, and then every other says the same
-            return job.refusals % REFUSALS_A_STRIKE == 0
-        if failure.kind in ("connection", "replica away"):
-            return False  # nobody took the request, and patience decides how long that may last
-        if failure.kind == "rate limit" or self._crowding.often_fails:
-            job.refusals += 1
-            before, job.answered_before = job.answered_before, self._tally.answered
-            if self._tally.answered > before:  # the limit is shared, and this row's turn should come
-                return job.refusals % REFUSALS_A_STRIKE == 0
-        if self._line.pacer.down_since is None:
-            return True
-        # Where only failing rows are left, it may be they that look like an outage, unless a gateway says it is one.
-        alone = self._exhausted and self._failing == self._open
-        return alone and self._line.answered and failure.http not in GATEWAY
 
     def _retry(self, job: Job) -> None:
         del self._later[job]
@@ -623,14 +611,12 @@ class Crew:
             self._done(job, replace(job.unfit, attempts=job.attempts))
             return
         self._done(job, Completion(status=failure.status, error=failure.message, attempts=job.attempts))
-        first = self._refusals
-        if first is None:
-            return
-        first.append(failure.http)
-        if len(set(first)) > 1 or failure.http is None or not 400 <= failure.http < 500:
-            self._refusals = None
-        elif len(first) == ALIKE:
-            self._stop_at(job, f"the first {ALIKE} rows were all refused: {failure.message}")
+        refused = failure.http is not None and 400 <= failure.http < 500
+        self._stop_if_all_end_so(job, failure.http if refused else None, failure.message)
+
+    def _stop_if_all_end_so(self, job: Job, end: int | str | None, words: str) -> None:
+        if self._blame.all_end_alike(end):
+            self._stop_at(job, f"the first {ALIKE} rows were all refused: {words}")
 
     def _done(self, job: Job, completion: Completion) -> None:
         self._open -= 1
@@ -644,14 +630,15 @@ class Crew:
         self._finish_if_done()
 
     def _finish_if_done(self) -> None:
-        if not self._exhausted or self._open > len(self._denied) or self._finished.done():
+        denied = self._blame.denied
+        if not self._exhausted or self._open > len(denied) or self._finished.done():
             return
-        if not self._denied:
+        if not denied:
             self._finished.set_result(None)
         elif self._tally.answered:  # and nothing will be sent any more that would tell
             self._clear(math.inf)
         else:
-            self._stop_at(self._denied[0].job, self._denied[0].failure.message)
+            self._stop_at(denied[0].job, denied[0].failure.message)
 
     def _stop_at(self, job: Job, words: str) -> None:
         """Stop the run for what an endpoint said to a request, and say which it was."""
@@ -666,6 +653,7 @@ class Crew:
     def _on_tick(self, now: float) -> None:
         self._tally.in_flight = len(self._flying)
         self._end_overdue(now)
+        self._feed_starving(now)
         self._check_patience(now)
         self._hire()
 
@@ -691,6 +679,19 @@ class Crew:
                 self._on_trial.add(job)
                 if stuck or not self._ask_beside(attempt):
                     attempt.give_up(now)
+
+    def _feed_starving(self, now: float) -> None:
+        """Have connections closed where attempts may wait for one; see `may_starve`."""
+        usual_s = self._line.pacer.usual_s
+        if usual_s is None:
+            return
+        starving = list(takewhile(lambda each: may_starve(now - each.started, usual_s), self._flying))
+        if not starving:
+            return
+        hungry = [each for each in starving if may_starve(now - each.started, usual_s, each.starved)]
+        for attempt in hungry:
+            attempt.starved += 1
+        self._line.transport.make_room(len(hungry), at_most=len(starving))
 
     def _is_overdue(self, attempt: Attempt, now: float) -> bool:
         """Whether an attempt takes longer than it should, and nothing came of that yet."""
@@ -720,8 +721,7 @@ class Crew:
         """End what is still under way for a row that has its outcome; what is doubted may go on, for what it shows."""
         job.over = True
         self._on_trial.discard(job)
-        if self._denied:
-            self._denied = [each for each in self._denied if each.job is not job]
+        self._blame.forget(job)
         if not job.going:
             return
         if (timer := self._later.pop(job, None)) is not None:

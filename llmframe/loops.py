@@ -33,6 +33,7 @@ _lock = threading.Lock()
 _background: tuple[asyncio.AbstractEventLoop, threading.Thread] | None = None
 _parents: object = None
 _under_way: set[_Flight] = set()
+_awaited: set[Callable[[], object]] = set()  # what cancels those that a loop of the main thread waits for
 
 
 def in_running_loop() -> bool:
@@ -93,8 +94,9 @@ async def arun(start: Start[T], beat: Callable[[], None], *, here: bool) -> T:
         cancel = flight.cancel
     waiting = {outcome}
     try:
-        while not (await asyncio.wait(waiting, timeout=HEARTBEAT_S))[0]:
-            beat()
+        with _interrupts_also_cancel(cancel):
+            while not (await asyncio.wait(waiting, timeout=HEARTBEAT_S))[0]:
+                beat()
     except (asyncio.CancelledError, Exception):
         outcome.add_done_callback(_mark_as_seen)  # what stopped the wait is what the caller gets
         cancel()
@@ -212,6 +214,40 @@ def _interrupts_cancel(cancel: Callable[[], object]) -> Iterator[list[float]]:
     finally:
         for number in taken:
             signal.signal(number, previous[number])
+
+
+@contextmanager
+def _interrupts_also_cancel(cancel: Callable[[], object]) -> Iterator[None]:
+    """Let a Ctrl-C that nobody has a handler for cancel too, before it is raised as ever.
+
+    `asyncio.run` and ipykernel cancel the task that waits. Out of `loop.run_until_complete`, which is how IPython
+    awaits in a terminal, it is raised past that task, and what the task waits for would go on, and be paid for.
+    """
+    if not _takes_interrupts():
+        yield
+        return
+    signal.signal(signal.SIGINT, _cancel_and_raise)
+    _awaited.add(cancel)
+    try:
+        yield
+    finally:
+        _awaited.discard(cancel)
+        if not _awaited and _takes_interrupts():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _takes_interrupts() -> bool:
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    return signal.getsignal(signal.SIGINT) in (signal.default_int_handler, _cancel_and_raise)
+
+
+def _cancel_and_raise(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for cancel in tuple(_awaited):
+        cancel()
+    _awaited.clear()
+    signal.default_int_handler(number, frame)
 
 
 async def in_thread(work: Callable[[], T]) -> T:

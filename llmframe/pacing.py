@@ -136,6 +136,7 @@ class Pacer:
         self._limit = self._last_limit = ""
         self._answers = 0
         self._latencies_s = 0.0
+        self._first_latency_s: float | None = None
         self._noted = (now, 0, 0.0)
         self._woke = now
         self.timeline: list[Moment] = []
@@ -186,6 +187,11 @@ class Pacer:
     def down_since(self) -> float | None:
         """When the endpoint was found to be down; None while it is not."""
         return self._outage.since
+
+    @property
+    def usual_s(self) -> float | None:
+        """How long an answer takes where nothing queues: the first one, until more is known; None before it."""
+        return self._window.usual_s or self._first_latency_s
 
     @property
     def allowed(self) -> float:
@@ -324,6 +330,8 @@ class Pacer:
         self._in_flight = in_flight - 1
         self._answers += 1
         self._latencies_s += latency_s
+        if self._first_latency_s is None:
+            self._first_latency_s = latency_s
         self._starting = False
         self._alive(now, now - latency_s)
         if used is not None and reserved > 0:

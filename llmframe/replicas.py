@@ -232,6 +232,11 @@ class ReplicaTransport:
         if change and self.note is not None:
             self.note(f"replica {change}: {self._urls[place]}")
 
+    def make_room(self, more: int, *, at_most: int) -> None:
+        """Close connections, at each of them: which of them keeps a request waiting is not known; see `Transport`."""
+        for transport in self._transports:
+            transport.make_room(more, at_most=at_most)
+
     async def close(self) -> None:
         """Let go of the connections to all of them."""
         for transport in self._transports:

@@ -11,6 +11,7 @@ FLOOR_S = 5.0  # no answer is given up before it, however fast the others were
 MARGIN = 4.0  # times the slowest answer seen
 DOUBT_S = 60.0  # beyond the limit, for want of proof: an endpoint that holds requests back still answers
 MOST_TRIALS = 64
+STARVING, STARVING_S = 4.0, 0.5  # usual latencies, and seconds at least, after which an attempt may lack a connection
 
 
 class Timeout:
@@ -85,3 +86,17 @@ class Timeout:
             return True
         proven = self._trials > 1
         return trials < (1 if silent else self._trials) and (proven or not failures)
+
+
+def may_starve(waited_s: float, usual_s: float, times: int = 0) -> bool:
+    """Say whether an attempt may wait for the server to take its connection, once more than so many times.
+
+    Some servers take so many connections at once and work on each until it is closed (llama.cpp's: a thread for each,
+    http.server's: one). Those beyond wait unseen, and as long as the others are used again they wait for ever.
+
+    Examples
+    --------
+    >>> may_starve(3.0, usual_s=1.0), may_starve(5.0, usual_s=1.0), may_starve(5.0, usual_s=1.0, times=1)
+    (False, True, False)
+    """
+    return waited_s > max(STARVING_S, STARVING * usual_s) * 2.0**times

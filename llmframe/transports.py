@@ -122,6 +122,13 @@ class Transport(Protocol):
         """
         ...
 
+    def make_room(self, more: int, *, at_most: int) -> None:
+        """Close so many more connections, in all no more than `at_most`: idle ones now, others after a reply.
+
+        A server that takes no more connections then takes one that waits. A client that keeps its own is left alone.
+        """
+        ...
+
     async def close(self) -> None:
         """Let go of the connections."""
         ...
@@ -186,6 +193,7 @@ class AiohttpTransport:
             cookie_jar=aiohttp.DummyCookieJar(),
             max_field_size=HEADER_BYTES,
         )
+        self._to_close = 0  # connections
 
     async def send(self, body: bytes, wrote: Wrote | None = None) -> Reply:
         """Send one request; see `Transport`."""
@@ -197,7 +205,10 @@ class AiohttpTransport:
             elif wrote is not None:
                 wrote()
             async with self._session.post(self._url, data=data, proxy=self._proxy, allow_redirects=False) as response:
-                return Reply(response.status, response.headers, await response.read(), self._redact)
+                reply = Reply(response.status, response.headers, await response.read(), self._redact)
+            if self._to_close:
+                self._close_idle()
+            return reply
         except aiohttp.ClientConnectorCertificateError as error:
             raise Unreachable("certificate", str(error.certificate_error)) from error
         except aiohttp.SocketTimeoutError as error:
@@ -214,6 +225,19 @@ class AiohttpTransport:
                     f"or install what is missing; sent to {without_secrets(str(self._url))}"
                 ) from None  # aiohttp's own quotes the URL, with a key in its query
             raise Lost("connection", self._words_of(error)) from error
+
+    def make_room(self, more: int, *, at_most: int) -> None:
+        """Close connections; see `Transport`."""
+        self._to_close = min(self._to_close + more, at_most)
+        self._close_idle()
+
+    def _close_idle(self) -> None:
+        # aiohttp has nothing public for it; where it keeps them elsewhere, they are closed after KEEPALIVE_S.
+        for kept in getattr(self._session.connector, "_conns", {}).values():
+            for connection, _ in kept:
+                if self._to_close and connection.is_connected():
+                    self._to_close -= 1
+                    connection.close()
 
     def _words_of(self, error: Exception) -> str:
         return self._redact(str(error) or type(error).__name__)  # some quote the URL, with a key in its query
@@ -270,6 +294,9 @@ class SdkTransport:
             return _reply(await post(self._path, cast_to=httpx2.Response, body=payload, options=self._options))
         except Exception as error:
             return _reply_of(error, self._redact)
+
+    def make_room(self, more: int, *, at_most: int) -> None:
+        """Leave the connections to the client; see `Transport`."""
 
     async def close(self) -> None:
         """Close the transport, if it is ours."""
@@ -333,6 +360,9 @@ class ThreadTransport:
             return _reply(self._client.post(self._path, cast_to=httpx2.Response, body=payload, options=self._options))
         except Exception as error:
             return _reply_of(error, self._redact)
+
+    def make_room(self, more: int, *, at_most: int) -> None:
+        """Leave the connections to the client; see `Transport`."""
 
     async def close(self) -> None:
         """Leave the client as it is: it is the user's."""

@@ -19,6 +19,8 @@ import pytest
 from llmframe.endpoint import Endpoint, is_plain, resolve
 from llmframe.errors import ConfigurationError, EndpointError
 from llmframe.failures import Unreachable
+from llmframe.lines import close_lines, give_back, line_to
+from llmframe.pacing import Caps
 from llmframe.transports import AiohttpTransport, Extras, Lost, Reply, SdkTransport, ThreadTransport, Transport
 from tests.server import ReceivedRequest, SimulatedServer
 
@@ -672,6 +674,28 @@ def test_ssl_cert_file_vouches_for_it(certificates: Path, way: str, monkeypatch:
     monkeypatch.setenv("SSL_CERT_FILE", str(certificates / "authority.pem"))
     reply = asyncio.run(over_tls(certificates, way))
     assert (reply.status, reply.body) == (200, b"{}")
+
+
+def test_a_variable_that_is_set_after_a_certificate_was_refused_holds_for_the_next_call(
+    certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> list[Reply | str]:
+        found: list[Reply | str] = []
+        async with tls_server(certificates / "localhost.pem") as base_url:
+            for _ in range(2):
+                line = line_to(resolve(base_url=base_url, api_key=KEY), Caps())
+                try:
+                    found.append(await line.transport.send(b"{}"))
+                except Unreachable as error:
+                    found.append(error.kind)
+                await give_back(line)
+                monkeypatch.setenv("SSL_CERT_FILE", str(certificates / "authority.pem"))
+        await close_lines()
+        return found
+
+    refused, reply = asyncio.run(main())
+    assert refused == "certificate"
+    assert isinstance(reply, Reply)
 
 
 # ---- what is refused before anything is sent

@@ -21,13 +21,14 @@ from llmframe import answers, engine, failures, patience, timeouts
 from llmframe.attempts import Job
 from llmframe.budget import Bound, Budget
 from llmframe.endpoint import resolve
-from llmframe.engine import ALIKE, Crew, Policy, Read, Tally
+from llmframe.engine import ALIKE, EMPTY, Crew, Policy, Read, Tally
 from llmframe.errors import EndpointError
 from llmframe.lines import close_lines, line_to
 from llmframe.pacing import Caps, Pacer
 from llmframe.results import Completion
 from llmframe.window import START
 from tests.server import SimulatedServer
+from tests.server_threads import ThreadsServer
 
 KEY = "sk-a-key-of-no-worth"
 SEQUENTIAL = Policy(Caps(max_concurrency=1))
@@ -113,7 +114,7 @@ def alone(work: Awaitable[T]) -> T:
     return asyncio.run(main())
 
 
-def ask(server: SimulatedServer, texts: Sequence[str | bytes], policy: Policy | None = None) -> Ran:
+def ask(server: SimulatedServer | ThreadsServer, texts: Sequence[str | bytes], policy: Policy | None = None) -> Ran:
     """Ask for all of the texts, and wait."""
     ran = Ran(texts, policy or Policy(), server.base_url)
     alone(ran.run())
@@ -163,7 +164,7 @@ def test_a_status_that_may_pass_is_tried_again(server: SimulatedServer, status: 
     assert set(server.answered_by_content().values()) == {1}
 
 
-@pytest.mark.parametrize("fault", ["reset", "html", "bad_json", "truncated_body", "empty_choices", "error_in_200"])
+@pytest.mark.parametrize("fault", ["reset", "html", "bad_json", "truncated_body", "error_in_200"])
 def test_a_reply_that_is_no_answer_is_tried_again(server: SimulatedServer, fault: str) -> None:
     server.reset(**{f"p_{fault}": 1.0})
 
@@ -177,6 +178,42 @@ def test_a_reply_that_is_no_answer_is_tried_again(server: SimulatedServer, fault
     assert ran.statuses == ["ok"] * 3
     assert ran.attempts == server.stats().received
     assert set(server.answered_by_content().values()) == {1}
+
+
+def test_a_reply_that_costs_something_and_holds_no_answer_is_paid_for_thrice_at_most(server: SimulatedServer) -> None:
+    server.reset(p_empty_choices=1.0)
+    ran = ask(server, ["a", "b"])
+    assert ran.statuses == ["failed"] * 2
+    assert [ran.outcomes[number].attempts for number in range(2)] == [EMPTY] * 2
+    assert server.stats().received == 2 * EMPTY
+    assert all("holds no answer" in (ran.outcomes[number].error or "") for number in range(2))
+
+
+def test_what_replies_without_an_answer_cost_is_in_their_rows_tokens(server: SimulatedServer) -> None:
+    server.reset(p_empty_choices=0.5)
+    ran = ask(server, [f"row {number:03d}" for number in range(60)])
+    outcomes = [ran.outcomes[number] for number in range(60)]
+    a_reply = min(each.prompt_tokens or 0 for each in outcomes)
+    assert [each.prompt_tokens for each in outcomes] == [a_reply * each.attempts for each in outcomes]
+    assert {each.attempts for each in outcomes} == {1, 2, 3}
+    assert {each.status for each in outcomes} == {"ok", "failed"}
+    assert ran.tally.failures.total() == ran.tally.sent - ran.statuses.count("ok")
+
+
+def test_a_run_stops_where_the_first_rows_are_all_paid_for_and_have_no_answer(server: SimulatedServer) -> None:
+    server.reset(p_empty_choices=1.0)
+    with pytest.raises(EndpointError, match=f"the first {ALIKE} rows were all refused: the reply holds no answer"):
+        ask(server, rows(500), SEQUENTIAL)
+    assert server.stats().received == EMPTY * ALIKE
+
+
+@pytest.mark.parametrize(("threads", "latency_s", "count"), [(1, 0.02, 80), (4, 0.1, 200), (1, 1.0, 4)])
+def test_a_server_of_few_connections_answers_each_row_once(threads: int, latency_s: float, count: int) -> None:
+    with ThreadsServer(threads, latency_s) as server:
+        ran = ask(server, rows(count))
+        assert ran.statuses == ["ok"] * count
+        assert set(server.answered.values()) == {1}
+        assert ran.tally.sent == count
 
 
 @pytest.mark.usefixtures("quick_backoff")
@@ -644,7 +681,7 @@ def test_what_comes_for_a_row_that_has_its_answer_is_read_no_more(
         return read(payload, number=number, **told)
 
     async def main() -> Ran:
-        ran = Ran([*rows(60), "[[sleep=4]] last"], Policy(Caps(max_concurrency=8)), server.base_url, read=read_once)
+        ran = Ran([*rows(400), "[[sleep=4]] last"], Policy(Caps(max_concurrency=8)), server.base_url, read=read_once)
         ran.after = lambda number, _: given.add(number)
         task = asyncio.create_task(ran.run())
         await server.until(answered=40)
@@ -656,7 +693,7 @@ def test_what_comes_for_a_row_that_has_its_answer_is_read_no_more(
         return ran
 
     ran = alone(main())
-    assert ran.statuses == ["ok"] * 61
+    assert ran.statuses == ["ok"] * 401
     assert ran.tally.failures["timeout"] >= 1
     assert max(server.answered_by_content().values()) == 2  # the server did answer one that was no longer waited for
 

@@ -532,6 +532,27 @@ def test_ctrl_c_ends_asyncio_run_in_time_and_what_was_answered_is_kept(
     assert caplog.records == []
 
 
+def test_ctrl_c_out_of_a_loop_that_nobody_guards_ends_the_run_too(
+    server: SimulatedServer, standstill: Callable[[], bool], tmp_path: Path
+) -> None:
+    keywords = {"max_concurrency": IN_FLIGHT, "checkpoint": tmp_path / "runs", "model": "m", "api_key": next(keys)}
+    loop = asyncio.new_event_loop()  # IPython awaits so in a terminal
+    try:
+        awaited = standing_frame().llm.acomplete("{text}", base_url=server.base_url, **keywords)
+        with interrupted_when(standstill), pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(awaited)
+        until = time.monotonic() + SCRIPT_S
+        while llmframe.last_run()._state.ended is None and time.monotonic() < until:
+            time.sleep(0.01)
+        assert saved_in(tmp_path / "runs") == ANSWERED
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        (left,) = asyncio.all_tasks(loop)
+        with pytest.raises(asyncio.CancelledError, match="the same call goes on from"):
+            loop.run_until_complete(left)
+    finally:
+        loop.close()
+
+
 def test_what_was_answered_before_an_interrupt_is_in_its_frame(
     server: SimulatedServer, standstill: Callable[[], bool]
 ) -> None:
