@@ -676,7 +676,10 @@ class Crew:
             taken = trials if room else MOST_TRIALS
             if self._timeout.gives_up(waited_s, failures=job.timeouts, trials=taken, silent=silent):
                 trials += 1
-                self._on_trial.add(job)
+                if (
+                    self._policy.timeout_s is None
+                ):  # the user's own shows nothing, and all that is in flight may be late
+                    self._on_trial.add(job)
                 if stuck or not self._ask_beside(attempt):
                     attempt.give_up(now)
 

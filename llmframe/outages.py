@@ -98,12 +98,13 @@ class Outage:
                 self._probe_sent = None
                 self._probe_at = now + (PROBE_S if now - self.since < LATER_S else PROBE_LATER_S)
             return False
+        if loss.timed_out and self._answered_at >= loss.sent:
+            return False  # it hangs alone, or waited for its turn
         if not self._failures or loss.sent < self._first_sent:
             self._first_sent, self._sent_before = loss.sent, loss.sent_before
         self._failures += 1
-        if not (loss.timed_out and self._answered_at >= loss.sent):  # a lone one that hangs says nothing
-            self._in_a_row += 1
-            self._timely |= loss.usual_s is not None and now - loss.sent >= TIMELY * loss.usual_s
+        self._in_a_row += 1
+        self._timely |= loss.usual_s is not None and now - loss.sent >= TIMELY * loss.usual_s
         most = self._failures >= MOST * (loss.sent_all - self._sent_before)
         failures = max(self._in_a_row if self._timely else 0, self._failures if most else 0)
         self.suspected = failures >= SUSPECT

@@ -397,7 +397,10 @@ class Pacer:
             sent_all=self._history.requests,
             in_flight=self._in_flight,
         )
-        self._window.lost(sent)
+        if kind != "timeout":
+            self._window.lost(sent)
+        elif decision := self._window.timed_out(now, sent):
+            self.note(now, decision)
         if self._outage.failed(now, loss):
             self.note(now, f"down: {kind}")
 

@@ -247,6 +247,7 @@ class Window:
         self._probe_at = math.inf
         self._doubtful = False  # the last one changed the picture
         # hold
+        self._crowded_at = -math.inf
         self._usual: float | None = None  # log latency
         self._slow = True  # the last epoch was, or there was none
 
@@ -275,6 +276,23 @@ class Window:
         if not self._began_well:
             for first in self._firsts:
                 first.lost(sent)
+
+    def timed_out(self, now: float, sent: float) -> str:
+        """Forget a request that was given up; where more wait than are answered in that time, give the decision.
+
+        The others would be given up in their turn, though the endpoint works on them.
+        """
+        self.lost(sent)
+        came = self._answers.since(sent)
+        if sent < self._crowded_at or not 0 < came < int(self.size) or self._recent is None:
+            return ""
+        self._crowded_at = now  # what was sent before waits among as many, and says nothing new
+        if self._base is None:
+            self._base = self._recent
+        speed = came / (now - sent)
+        self._hold(now, min(came, speed * math.exp(self._base)), speed, came)
+        self.size = min(self.size, float(came))
+        return "too many wait"
 
     def stop_start(self, in_flight: int) -> None:
         """End the start at what is in flight: the endpoint refuses more."""

@@ -207,6 +207,14 @@ def test_a_run_stops_where_the_first_rows_are_all_paid_for_and_have_no_answer(se
     assert server.stats().received == EMPTY * ALIKE
 
 
+def test_a_timeout_of_the_users_that_the_queue_is_too_long_for_makes_the_queue_shorter(server: SimulatedServer) -> None:
+    server.reset(slots=4, latency_s=0.3)
+    ran = ask(server, rows(80), Policy(timeout_s=0.8))
+    assert ran.statuses == ["ok"] * 80
+    assert ran.tally.sent < 80 + 2 * START  # those that waited at the start, and a few
+    assert list(server.answered_by_content().values()).count(1) >= 75
+
+
 @pytest.mark.parametrize(("threads", "latency_s", "count"), [(1, 0.02, 80), (4, 0.1, 200), (1, 1.0, 4)])
 def test_a_server_of_few_connections_answers_each_row_once(threads: int, latency_s: float, count: int) -> None:
     with ThreadsServer(threads, latency_s) as server:
