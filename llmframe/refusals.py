@@ -82,6 +82,7 @@ class Refusals:
 
     def __init__(self, now: float) -> None:
         self.hold_until = -math.inf
+        self._by_rate = True
         self._rate = math.inf
         self._sure = False  # the rate was measured
         self._ramp = False
@@ -103,6 +104,17 @@ class Refusals:
     def rate(self) -> float:
         """Requests a second, as far as measured; infinite before."""
         return self._rate if self._sure else math.inf
+
+    @property
+    def by_rate(self) -> bool:
+        """Whether it is a rate that they show; without one there is only a time to stay away."""
+        return self._by_rate
+
+    @by_rate.setter
+    def by_rate(self, by_rate: bool) -> None:
+        if self._by_rate and not by_rate:
+            self._rate, self._sure, self._mark, self._owed = math.inf, False, None, 0.0
+        self._by_rate = by_rate
 
     def wait_s(self, now: float) -> float:
         """Say how long the next request must wait."""
@@ -132,7 +144,7 @@ class Refusals:
             return ""
         went_well_s = refusal.sent - self._decided
         self._decided, self._level, self._sent_by_decision = now, 1.0, refusal.sent_all
-        if refusal.explained:
+        if refusal.explained or not self._by_rate:
             return "refused"
         if self._mark is None:
             self._rate = max(LOWEST_GUESS, GUESS * refusal.speed)
@@ -153,7 +165,10 @@ class Refusals:
         if hold_s is None:
             if news:
                 self._streak = 1 if let_in else self._streak + 1
+            # What is beyond their number is let in as soon as another is answered.
             hold_s = min(LONGEST_HOLD_S, HOLD_S * 2.0 ** min(MOST_DOUBLINGS, self._streak)) if news else 0.0
+            if let_in and not self._by_rate:
+                hold_s = 0.0
         self.hold_until = max(self.hold_until, now + hold_s)
         self._since = self._at = max(self._since, self.hold_until)
         return max(0.0, self.hold_until - now)
