@@ -90,6 +90,14 @@ def test_a_rate_without_headers_is_kept_through_a_long_run(retry_after: Any) -> 
         assert out.share_refused <= 0.01
 
 
+@pytest.mark.parametrize(("burst", "retry_after_s", "part"), [(100, 2.0, 0.85), (40, 5.0, 0.7), (100, 10.0, 0.5)])
+def test_a_wait_far_longer_than_a_bucket_takes_to_fill_does_not_make_the_rate_look_low(
+    burst: float, retry_after_s: float, part: float
+) -> None:
+    for out in runs(Server(rpm=60 * burst, burst=burst, latency_s=0.3, sigma=0.3, retry_after=retry_after_s), 9000):
+        assert 9000 / out.seconds >= part * burst
+
+
 def test_a_minute_of_burst_is_used() -> None:
     for out in runs(Server(rpm=3000, latency_s=0.3, sigma=0.3, **TOLD), 4000):
         assert out.seconds <= (1000 / 50 + 0.3) * 1.07
