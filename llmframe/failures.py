@@ -147,7 +147,9 @@ def of_reply(
     """
     error = error_of(payload)
     if not 200 <= status < 300:
-        failure = _judge(status, error, f"HTTP {status}: {_words(error, payload, body, redact)}")
+        leads = headers.get("location", "").partition("?")[0][:QUOTED] if 300 <= status < 400 else ""
+        to = f" to {well_formed(redact(leads))}" if leads else ""
+        failure = _judge(status, error, f"HTTP {status}{to}: {_words(error, payload, body, redact)}")
         should_retry = headers.get("x-should-retry")
         if failure.verdict != "run" and should_retry in ("true", "false"):
             return replace(failure, verdict="retry" if should_retry == "true" else "row")

@@ -6,6 +6,7 @@ What the user capped is never passed; everything else gives way to what the endp
     Pacer           asks all of these, and keeps the timeline
      |- rates       the user's caps, exact; what the endpoint's headers tell
      |- refusals    what only its 429s show
+     |- seats       how many at one time, where these go by that
      |- window      how many in flight
      '- outages     one probe at a time while it is down
 """
@@ -19,6 +20,7 @@ from llmframe.limits import RateHeaders
 from llmframe.outages import Loss, Outage
 from llmframe.rates import MARGIN_S, MINUTE_S, Allowance, History, Share, request_caps, token_caps
 from llmframe.refusals import Refusal, Refusals
+from llmframe.seats import Seats
 from llmframe.window import CEILING, START_AT_ONCE, START_GAP_S, Window
 
 __all__ = ["Caps", "Moment", "Pacer"]
@@ -121,6 +123,7 @@ class Pacer:
         self._requests = Allowance(now)
         self._tokens = Allowance(now)
         self._refusals = Refusals(now)
+        self._seats = Seats()
         self._window = Window(int(min(self._capped, self._connections)), now)
         self._outage = Outage()
         self._history = History()
@@ -156,7 +159,7 @@ class Pacer:
     @property
     def window(self) -> int:
         """Requests that may be in flight."""
-        return 1 if self._outage.since is not None else int(self._window.size)
+        return 1 if self._outage.since is not None else int(min(self._window.size, self._seats.most))
 
     @property
     def full(self) -> bool:
@@ -246,7 +249,8 @@ class Pacer:
             self._limit = "outage"
             return self._outage.wait_s(now)
         in_flight = self._in_flight
-        if self.full or (not trial and (in_flight >= int(self._window.size) or (in_flight and self._outage.suspected))):
+        more = in_flight < int(self._window.size) and self._seats.room(now, in_flight)
+        if self.full or (not trial and (not more or (in_flight and self._outage.suspected))):
             self._wanted = True
             self._limit = self._most_in_flight_by()
             return math.inf
@@ -282,6 +286,7 @@ class Pacer:
 
     def sent(self, now: float, tokens: int, *, written: bool = True) -> None:
         """Count a request that is being sent; where it is not `written` yet, `wrote` has to be called once it is."""
+        self._seats.sent(now, self._in_flight)
         self._in_flight += 1
         if self._first_sent is None:
             self._first_sent = now
@@ -334,6 +339,7 @@ class Pacer:
             self._first_latency_s = latency_s
         self._starting = False
         self._alive(now, now - latency_s)
+        self._seats.answered(now, now - latency_s)
         if used is not None and reserved > 0:
             self._settle(now, reserved, used)
         if headers is not None:
@@ -380,7 +386,11 @@ class Pacer:
             sent_all=self._history.requests,
             speed=self._history.speed(now),
         )
-        if decision := self._refusals.refused(now, refusal):
+        decision = self._refusals.refused(now, refusal)
+        if not explained and self._seats.refused(now, sent, max(0.0, retry_after_s or 0.0)):
+            decision = "refused: seats counted"
+        self._refusals.by_rate = not self._seats.known
+        if decision:
             self.note(now, decision)
         if headers is not None:
             self._read(now, headers, latency_s)
@@ -401,6 +411,7 @@ class Pacer:
             self._window.lost(sent)
         elif decision := self._window.timed_out(now, sent):
             self.note(now, decision)
+        self._seats.lost(now, sent)
         if self._outage.failed(now, loss):
             self.note(now, f"down: {kind}")
 
@@ -408,6 +419,7 @@ class Pacer:
         """Count back a request that taught nothing, but that the endpoint is `alive` (a 4xx of the row's own)."""
         self._in_flight -= 1
         self._window.lost(now - latency_s)
+        self._seats.lost(now, now - latency_s)
         if alive:
             self._alive(now, now - latency_s)
         else:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from llmframe.rates import SPEED_S
+
 MOST_DOUBLINGS = 20.0  # of a speed or a wait: a million times is as good as endless, and more powers would be no float
 
 # How a rate is measured: by what was accepted from one refusal to a later one, and the time between them.
@@ -28,6 +30,11 @@ RECOVER_S = 5.0  # seconds until the rate is reached again; then it is passed, s
 # A rate measured in a short time is poor evidence, and soon tried again: after RECOVER_INTERVALS times that time where
 # this is less than RECOVER_S, but at least SHORTEST_RECOVER_S.
 RECOVER_INTERVALS, SHORTEST_RECOVER_S = 2.0, 0.5
+# A wait of LONG_S may fill the bucket, and what would refill after that is lost. What was accepted, by all of the time,
+# is then the least that the rate may be, and by the time of sending about the most: it is taken to lie between. As a
+# refusal costs such a wait, the rate is reached only in COSTS times as long, in less where it is that uncertain.
+LONG_S, COSTS = 2.0, 4.0
+OVERSHOT = 1.5  # times the mean speed that the last one counts for, at most: it may have doubled several times
 PROBING = 0.1  # share of the rate by which it is passed after twice the time until then; more with the third power
 DISPROVED = 2.25  # times the time until then: a bucket has used up what it had kept by then, so the rate is another one
 FASTER_S = 1.0  # seconds in which the speed doubles from then on
@@ -82,6 +89,7 @@ class Refusals:
 
     def __init__(self, now: float) -> None:
         self.hold_until = -math.inf
+        self._by_rate = True
         self._rate = math.inf
         self._sure = False  # the rate was measured
         self._ramp = False
@@ -103,6 +111,17 @@ class Refusals:
     def rate(self) -> float:
         """Requests a second, as far as measured; infinite before."""
         return self._rate if self._sure else math.inf
+
+    @property
+    def by_rate(self) -> bool:
+        """Whether it is a rate that they show; without one there is only a time to stay away."""
+        return self._by_rate
+
+    @by_rate.setter
+    def by_rate(self, by_rate: bool) -> None:
+        if self._by_rate and not by_rate:
+            self._rate, self._sure, self._mark, self._owed = math.inf, False, None, 0.0
+        self._by_rate = by_rate
 
     def wait_s(self, now: float) -> float:
         """Say how long the next request must wait."""
@@ -132,7 +151,7 @@ class Refusals:
             return ""
         went_well_s = refusal.sent - self._decided
         self._decided, self._level, self._sent_by_decision = now, 1.0, refusal.sent_all
-        if refusal.explained:
+        if refusal.explained or not self._by_rate:
             return "refused"
         if self._mark is None:
             self._rate = max(LOWEST_GUESS, GUESS * refusal.speed)
@@ -153,7 +172,10 @@ class Refusals:
         if hold_s is None:
             if news:
                 self._streak = 1 if let_in else self._streak + 1
+            # What is beyond their number is let in as soon as another is answered.
             hold_s = min(LONGEST_HOLD_S, HOLD_S * 2.0 ** min(MOST_DOUBLINGS, self._streak)) if news else 0.0
+            if let_in and not self._by_rate:
+                hold_s = 0.0
         self.hold_until = max(self.hold_until, now + hold_s)
         self._since = self._at = max(self._since, self.hold_until)
         return max(0.0, self.hold_until - now)
@@ -173,6 +195,11 @@ class Refusals:
         if slower_before and sending_s > SENDING * interval_s and went_well_s > SOON_S:
             rate = max(rate, at_least * refusal.speed)
         self._recover_s = min(RECOVER_S, max(SHORTEST_RECOVER_S, RECOVER_INTERVALS * interval_s))
+        if refusal.retry_after_s is not None and refusal.retry_after_s >= LONG_S:
+            least, mean = accepted / interval_s, accepted / max(SPEED_S, sending_s)
+            most = max(least, mean, min(refusal.speed, OVERSHOT * mean))
+            rate = math.sqrt(least * most)
+            self._recover_s = max(self._recover_s, COSTS * refusal.retry_after_s * least / rate)
         if self._sure and self._owed > 0:
             self._may_catch_up = False  # the bucket does not keep what was held back
         self._rate, self._sure = rate, True

@@ -44,8 +44,8 @@ class Server:
         Refills continuously; counts by the minute of the clock; counts the last 60 s.
     headers : {None, "answer", "arrival"}
         The moment whose state the rate headers tell.
-    retry_after : {None, "exact", "seconds"}
-        What a 429 says: the time until it would pass, or that rounded up to seconds.
+    retry_after : {None, "exact", "seconds"} or float
+        What a 429 says: the time until it would pass, or that rounded up to seconds; or always so many seconds.
     most : int or None
         More at work than that are refused with 429.
     refusal_s : float
@@ -70,7 +70,7 @@ class Server:
     token_burst: float | None = None
     limiter: Literal["bucket", "fixed", "sliding"] = "bucket"
     headers: Literal["answer", "arrival"] | None = None
-    retry_after: Literal["exact", "seconds"] | None = None
+    retry_after: Literal["exact", "seconds"] | float | None = None
     most: int | None = None
     refusal_s: float = GATE_S
     p_fault: float = 0.0
@@ -362,7 +362,8 @@ class Simulation:
             wait_s = max(wait_s, limit.wait_s(now, amounts[name]))
         if wait_s > 0 or (server.most is not None and self._at_work >= server.most):
             request.headers = self._headers()
-            said_s = {"exact": wait_s, "seconds": float(math.ceil(wait_s))}.get(server.retry_after or "")
+            said = server.retry_after
+            said_s = wait_s if said == "exact" else float(math.ceil(wait_s)) if said == "seconds" else said
             self._reply(request, attempt, "refused", said_s, server.refusal_s)
             return
         for name, limit in self._limits.items():

@@ -283,6 +283,12 @@ def test_the_message_has_the_endpoints_own_words_and_what_to_do(status: int, bod
     assert all(words in message for words in said)
 
 
+def test_a_redirect_says_where_it_leads_and_not_with_what() -> None:
+    assert failed(308, b"moved", location="https://api.example.com/v1/chat/completions?sig=1").message == (
+        "HTTP 308 to https://api.example.com/v1/chat/completions: moved (a redirect: set base_url to where it leads)"
+    )
+
+
 def test_a_reply_without_an_answer_is_quoted() -> None:
     failure = of_no_answer(200, b'{"choices": null, "base_resp": {"status_msg": "login fail"}}')
     assert (failure.verdict, failure.kind) == (RETRY, "bad body")
