@@ -1,4 +1,4 @@
-"""What the verbs that make a call share: its flags, its prompt and schema, and SIGTERM as a Ctrl-C."""
+"""What the verbs that make a call share: its flags, its prompt and schema, and the signals that are a Ctrl-C."""
 
 from __future__ import annotations
 
@@ -127,9 +127,17 @@ def schema_named(text: str) -> Any:
 
 @contextmanager
 def terminations_interrupt() -> Iterator[None]:
-    """Let SIGTERM, by which schedulers stop a job, be a Ctrl-C, also where a shell has turned that off."""
+    """Let SIGTERM, by which schedulers stop a job, be a Ctrl-C, also where a shell has turned that off.
+
+    So is the end of the terminal (a window that is closed, ssh that is cut off), unless `nohup` says otherwise.
+    """
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    hangs_up = sys.platform != "win32" and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    if hangs_up:
+        signal.signal(signal.SIGHUP, lambda _number, _frame: signal.raise_signal(signal.SIGTERM))
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        if hangs_up:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -173,3 +174,11 @@ def test_bash_completes_an_option_that_the_help_only_names(capsys: pytest.Captur
     ask = f'source {script}; {asked}; _shtab_llmframe; echo "${{COMPREPLY[@]}}"'
     done = subprocess.run([bash, "-c", ask], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "--rpm", done.stderr
+
+
+def test_python_m_is_the_command_too() -> None:
+    shown = [
+        subprocess.run([sys.executable, "-m", name, "run", "--help"], capture_output=True, text=True, check=True).stdout
+        for name in ("llmframe", "llmframe.cli")
+    ]
+    assert shown[0] == shown[1] != ""

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 
 from llmframe.cli import main
+from llmframe.cli_call import terminations_interrupt
 from tests.server import SimulatedServer
 
 
@@ -171,6 +172,41 @@ def test_sigterm_is_a_clean_stop_within_5_s(here: Path, server: SimulatedServer,
     server.configure()
     assert run("text", "--quiet") == 0
     assert server.stats().answered <= 10 + 2, "more than was in the server's two slots was asked anew"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no terminals of this kind there")
+def test_the_end_of_its_terminal_is_a_clean_stop(here: Path, server: SimulatedServer) -> None:
+    import fcntl
+    import pty
+    import termios
+
+    server.configure(latency_s=0.5, slots=2)
+    command = [sys.executable, "-m", "llmframe", "run", "in.parquet", "out.parquet", "text"]
+    ours, theirs = pty.openpty()
+
+    def take_the_terminal() -> None:
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=take_the_terminal
+    )
+    os.close(theirs)
+    server.wait_for(answered=4)
+    os.close(ours)
+    assert process.wait(timeout=30) == 4
+    server.configure()
+    assert run("text", "--quiet") == 0
+    assert server.stats().answered <= 10 + 2, "more than was in the server's two slots was asked anew"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGHUP there")
+def test_a_job_under_nohup_outlives_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with terminations_interrupt():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_sigterm_before_anything_is_asked_is_a_clean_stop_too(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
