@@ -10,6 +10,7 @@ import asyncio
 import atexit
 import concurrent.futures
 import contextvars
+import math
 import os
 import signal
 import threading
@@ -89,7 +90,7 @@ async def arun(start: Start[T], beat: Callable[[], None], *, here: bool) -> T:
         cancel: Callable[[], object] = outcome.cancel
     else:
         flight = _Flight()
-        flight.launch(start)
+        flight.launch(start, asyncio.get_running_loop())
         outcome = asyncio.wrap_future(flight.outcome)
         cancel = flight.cancel
     waiting = {outcome}
@@ -100,13 +101,25 @@ async def arun(start: Start[T], beat: Callable[[], None], *, here: bool) -> T:
     except (asyncio.CancelledError, Exception):
         outcome.add_done_callback(_mark_as_seen)  # what stopped the wait is what the caller gets
         cancel()
-        try:
-            await asyncio.wait(waiting)
-        except asyncio.CancelledError:
-            cancel()
-            await asyncio.wait(waiting, timeout=HARD_STOP_S)
+        await _unwound(outcome, cancel)
         raise
     return outcome.result()
+
+
+async def _unwound(outcome: asyncio.Future[Any], cancel: Callable[[], object]) -> None:
+    """Wait until a cancelled run has unwound; after a second cancellation no longer than `HARD_STOP_S`.
+
+    anyio, and so Starlette, repeats one cancellation at every turn of the loop: those that follow at once are the same.
+    """
+    last, ends = time.monotonic(), math.inf
+    while not outcome.done() and (now := time.monotonic()) < ends:
+        try:
+            await asyncio.wait({outcome}, timeout=None if ends == math.inf else ends - now)
+        except asyncio.CancelledError:
+            before, last = last, time.monotonic()
+            if last - before > HEARTBEAT_S and ends == math.inf:
+                ends = last + HARD_STOP_S
+                cancel()
 
 
 def _mark_as_seen(outcome: asyncio.Future[Any]) -> None:
@@ -339,9 +352,11 @@ class _Flight:
         self._landed.acquire()
         self.outcome.add_done_callback(self._tell)
 
-    def launch(self, start: Start[Any]) -> None:
-        """Start the coroutine that `start` makes."""
+    def launch(self, start: Start[Any], callers: asyncio.AbstractEventLoop | None = None) -> None:
+        """Start the coroutine that `start` makes; it is stopped where the loop that waits for it is closed."""
         self._loop.call_soon_threadsafe(self._begin, start)
+        if callers is not None:
+            self._loop.call_soon_threadsafe(self._end_with, callers)
 
     def cancel(self) -> None:
         """Ask the coroutine to stop."""
@@ -371,6 +386,13 @@ class _Flight:
         self._task = self._loop.create_task(start())
         _under_way.add(self)
         self._task.add_done_callback(self._land)
+
+    def _end_with(self, callers: asyncio.AbstractEventLoop) -> None:
+        if callers.is_closed():
+            self.outcome = concurrent.futures.Future()  # the other one tells that loop
+            self._cancel()
+        elif not self._done:
+            self._loop.call_later(HEARTBEAT_S, self._end_with, callers)
 
     def _cancel(self) -> None:
         if self._task is not None:

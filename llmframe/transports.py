@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -36,7 +37,7 @@ KEEPALIVE_S = 4.0
 And where a server takes so many connections and no more (waitress 100, haproxy's maxconn), one that lies idle keeps a
 request that is in flight from being taken.
 """
-FILES_SHARE = 0.75  # of the files a process may open, for connections; the rest is for everything else
+FILES_SHARE = 0.75  # of the files a process may still open, for connections; the rest is for everything else
 POOL = 100  # connections of an HTTP client that does not say how many: httpx's own default
 HEADER_BYTES = 64 << 10  # of one header of a reply: some gateways' cookies are larger than the 8 KB that aiohttp takes
 UNCONNECTED = (aiohttp.ClientConnectorError, aiohttp.ClientHttpProxyError, aiohttp.ConnectionTimeoutError)
@@ -398,13 +399,17 @@ def _pool(client: openai.AsyncOpenAI | openai.OpenAI) -> int:
 
 
 def _files() -> int:
-    """Give the connections that this process may open."""
+    """Give the connections that this process may open, beside the files that it has open already."""
     if sys.platform == "win32":
         return 2**31
     import resource
 
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 2**31 if limit == resource.RLIM_INFINITY else max(1, int(FILES_SHARE * limit))
+    try:
+        opened = len(os.listdir("/dev/fd"))
+    except OSError:
+        opened = 0
+    return 2**31 if limit == resource.RLIM_INFINITY else max(1, int(FILES_SHARE * (limit - opened)))
 
 
 def _reply(response: Any) -> Reply:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import asyncio
+import gc
 import itertools
 import json
 import multiprocessing
@@ -551,6 +552,46 @@ def test_ctrl_c_out_of_a_loop_that_nobody_guards_ends_the_run_too(
             loop.run_until_complete(left)
     finally:
         loop.close()
+
+
+def test_a_cancellation_that_is_repeated_at_every_turn_of_the_loop_is_one(
+    server: SimulatedServer, standstill: Callable[[], bool], tmp_path: Path
+) -> None:
+    keywords = {"max_concurrency": IN_FLIGHT, "checkpoint": tmp_path / "runs", "model": "m", "api_key": next(keys)}
+
+    async def main() -> None:
+        task = asyncio.ensure_future(standing_frame().llm.acomplete("{text}", base_url=server.base_url, **keywords))
+        while not standstill():
+            await asyncio.wait({task}, timeout=0.01)
+        while not task.done():  # anyio does so
+            task.cancel()
+            await asyncio.sleep(0)
+        assert saved_in(tmp_path / "runs") == ANSWERED
+
+    asyncio.run(main())
+
+
+def test_a_run_whose_loop_is_closed_ends(
+    server: SimulatedServer, standstill: Callable[[], bool], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keywords = {"max_concurrency": IN_FLIGHT, "checkpoint": tmp_path / "runs", "model": "m", "api_key": next(keys)}
+    loop = asyncio.new_event_loop()
+
+    async def main() -> None:
+        task = asyncio.ensure_future(standing_frame().llm.acomplete("{text}", base_url=server.base_url, **keywords))
+        while not standstill():
+            await asyncio.wait({task}, timeout=0.01)
+
+    loop.run_until_complete(main())
+    caplog.clear()
+    loop.close()
+    del loop
+    gc.collect()
+    until = time.monotonic() + SCRIPT_S
+    while llmframe.last_run()._state.ended is None and time.monotonic() < until:
+        time.sleep(0.01)
+    assert saved_in(tmp_path / "runs") == ANSWERED
+    assert [record.message for record in caplog.records if "Task was destroyed" not in record.message] == []
 
 
 def test_what_was_answered_before_an_interrupt_is_in_its_frame(
