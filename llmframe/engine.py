@@ -510,7 +510,7 @@ class Crew:
             headers = rate_headers(reply.headers, time.time()) if reply else None
             pacer.refused(now, latency_s=latency_s, reserved=attempt.job.tokens, retry_after_s=asked_s, headers=headers)
         else:
-            pacer.failed(now, latency_s=latency_s, kind=failure.kind)
+            pacer.failed(now, latency_s=latency_s, kind=failure.kind, limit_s=self._policy.timeout_s)
         return asked_s
 
     def _asked_of_all_s(self, reply: Reply | None, failure: Failure) -> float | None:

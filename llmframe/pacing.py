@@ -395,8 +395,11 @@ class Pacer:
         if headers is not None:
             self._read(now, headers, latency_s)
 
-    def failed(self, now: float, *, latency_s: float, kind: str) -> None:
-        """Learn from an attempt that got no answer: 5xx, connection, ``timeout``, a body that is none."""
+    def failed(self, now: float, *, latency_s: float, kind: str, limit_s: float | None = None) -> None:
+        """Learn from an attempt that got no answer: 5xx, connection, ``timeout``, a body that is none.
+
+        Where the user says how long one may take (`limit_s`), more than are answered in that time would time out.
+        """
         self._in_flight -= 1
         sent = now - latency_s
         loss = Loss(
@@ -407,7 +410,7 @@ class Pacer:
             sent_all=self._history.requests,
             in_flight=self._in_flight,
         )
-        if kind != "timeout":
+        if kind != "timeout" or limit_s is None:
             self._window.lost(sent)
         elif decision := self._window.timed_out(now, sent):
             self.note(now, decision)
