@@ -7,7 +7,10 @@ order of a hash.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import datetime
+import enum
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Set
 from typing import Any
@@ -15,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from pydantic import BaseModel
 
 from llmframe.errors import TemplateError
 from llmframe.messages import NARROW, plain_scalar
@@ -51,8 +55,8 @@ def unpacked(value: Any) -> Any:
     """Give a cell as plain Python: an array as a list, as it was before parquet, and numpy's scalars as Python's own.
 
     What is not written as Python writes it comes as a list, dict or set that knows its text, so that a function and a
-    template write it alike. What can more than that (a Series, a frame, a Counter) is handed on as it is: a function
-    may need what it can, and `as_text` writes it.
+    template write it alike. What can more than that (a Series, a frame, a Counter, an object with fields) is handed on
+    as it is: a function may need what it can, and `as_text` writes it.
 
     Examples
     --------
@@ -76,7 +80,9 @@ def as_text(value: Any) -> str:
     if isinstance(value, BYTES):
         return _decoded(value)
     if _can_more(value):
-        return str(_written_out(value))
+        value = _written_out(value)
+    elif isinstance(value, enum.Enum) and type(value).__str__ is enum.Enum.__str__:
+        value = _unmixed(value)
     return _without_address(str(value), value)
 
 
@@ -155,8 +161,8 @@ class Unwritable:
 
 
 def _can_more(value: Any) -> bool:
-    """Whether a value is a Series, a frame, or another kind of list or dict than Python's own."""
-    if isinstance(value, pd.Series | pd.DataFrame):
+    """Whether a value is a Series, a frame, has fields, or is another kind of list or dict than Python's own."""
+    if isinstance(value, pd.Series | pd.DataFrame) or _has_fields(value):
         return True
     if isinstance(value, list):
         return type(value) is not list
@@ -198,7 +204,7 @@ def _plain(value: Any) -> Any:
         return (OrderedSet if isinstance(value, set) else OrderedFrozenset)(map(_key, value))
     if isinstance(value, datetime.timedelta):
         return _timedelta(value)
-    return _array(value)
+    return _with_plain_fields(value) if _has_fields(value) else _array(value)
 
 
 def _array(value: Any) -> Any:
@@ -258,6 +264,41 @@ def _ndarray(value: np.ndarray[Any, Any]) -> Any:
         return _list(map(_plain, pd.Series(value).tolist()))  # ndarray.tolist gives times as ints
     found = value.tolist()
     return found if _is_plain(found) else _list(map(_plain, found))
+
+
+def _has_fields(value: Any) -> bool:
+    return isinstance(value, BaseModel) or (dataclasses.is_dataclass(value) and not isinstance(value, type))
+
+
+def _with_plain_fields(value: Any) -> Any:
+    """Give a dataclass or a pydantic model with its fields as plain Python, where its text is made of theirs.
+
+    A set in a field is in another order in every process, as it is in a cell. A text of the class's own may need the
+    fields as they are.
+    """
+    kind: Any = type(value)
+    if isinstance(value, BaseModel):
+        own = (kind.__repr__, kind.__str__, kind.__repr_args__)
+        if own != (BaseModel.__repr__, BaseModel.__str__, BaseModel.__repr_args__) or kind.model_computed_fields:
+            return value
+        return value.model_copy(update={name: _plain(held) for name, held in value})
+    fields = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+    shown = [f"{each.name}={fields[each.name]!r}" for each in dataclasses.fields(value) if each.repr]
+    if str(value) != f"{kind.__qualname__}({', '.join(shown)})":
+        return value
+    made = copy.copy(value)
+    for name, held in fields.items():
+        object.__setattr__(made, name, _plain(held))  # it may be frozen
+    return made
+
+
+def _unmixed(value: Any) -> Any:
+    """Give a member of an enum that is text or a number too as that, which is what parquet makes of it."""
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int(value)
+    return float(value) if isinstance(value, float) else value
 
 
 def _list(items: Iterable[Any]) -> list[Any]:
@@ -355,6 +396,7 @@ def _item(value: Any) -> str:
         return repr(str(value))
     if isinstance(value, BYTES):
         return repr(_decoded(value))
+    value = _unmixed(value) if isinstance(value, enum.Enum) else value
     return _without_address(repr(value), value)
 
 

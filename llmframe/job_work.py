@@ -27,11 +27,12 @@ from llmframe.index import Index
 from llmframe.notices import say, warn
 from llmframe.options import Options, check_count
 from llmframe.pacing import Pacer
-from llmframe.planning import check_columns, output_dtypes, prompts_of, rows_of, select
+from llmframe.planning import output_dtypes, prompts_of, rows_of
 from llmframe.prepared import Prepared, kept_answers, ready, recall
 from llmframe.prompts import Prompt, Prompts
 from llmframe.requests import Words, among, words_of
 from llmframe.results import STATUSES, Usage, twin
+from llmframe.schemas import read_schema
 from llmframe.sinks import Sink, sink_names, sweep, with_columns
 from llmframe.sources import Piece, Source, frame_of
 
@@ -187,13 +188,13 @@ class Work:
         self._source = Source(paths.source, paths.where, paths.limit)
         self._sinks = sink_names(paths.sink, self._source)
         self.total = Total(options, self._source.rows)
+        self._check_names()
         # Of no rows, so that all that can be known of the call is checked before anything is asked.
         first, *others = {schema.serialize().to_pybytes(): schema for schema in self._source.schemas}.values()
         prompts = self._prompts(first.empty_table())
         self._call: Call = plan_call(prompts, options)
         for schema in others:  # a client takes 20 ms to make, and one does for all files
-            like = self._prompts(schema.empty_table()).frame
-            check_columns(like, options, self._call.schema, select(like, options))
+            self._prompts(schema.empty_table())
         warn_of_open_line(self._call.endpoint.url)
         self._open_checkpoint = functools.partial(open_checkpoint, prompts, options, self._call)
         self._checkpoint: Checkpoint | None = None
@@ -202,6 +203,16 @@ class Work:
         self._sink: Sink | None = None
         self.began = False
         """Whether there was something to write to, so that what stops it now leaves answers behind."""
+
+    def _check_names(self) -> None:
+        """Refuse to write a column that the source has, be it as its index: a file with two cannot be read."""
+        written = output_dtypes(self.options, read_schema(self.options.schema, self.options.output))
+        for schema in self._source.schemas:
+            taken = next((name for name in written if name in schema.names), None)
+            if taken is not None:
+                raise ConfigurationError(
+                    f"{self._source.where} has a column {taken!r} already; pass output= to write under another name"
+                )
 
     def run(self, beat: Callable[[], None], ended: Callable[[], None], *, partial: bool, clean: bool) -> JobResult:
         """Do it, and wait; see `run` for what it raises.

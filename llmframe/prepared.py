@@ -159,7 +159,8 @@ def kept_vectors(
 
 def _reread(completion: Completion, schema: Schema | None) -> Completion | None:
     """Read a kept answer by the schema again, since what it reads is not kept; None where it does not fit."""
-    if schema is None or completion.text is None or completion.status != "ok":
+    several = isinstance(completion.text, list)  # whose status is the worst of theirs; what fits none has no text
+    if schema is None or completion.text is None or (completion.status != "ok" and not several):
         return completion
     try:
         if isinstance(completion.text, list):

@@ -361,6 +361,9 @@ class _Text:
     ) -> None:
         """Read it once, so many bytes at a time: a line that does not parse is found before anything is paid."""
         self._table = ds.dataset(path, format=_text_format(form, block), filesystem=filesystem)
+        if form == "json":
+            kinds = pa.schema([field.with_type(_without_times(field.type)) for field in self._table.schema])
+            self._table = ds.dataset(path, schema=kinds, format=_text_format(form, block), filesystem=filesystem)
         self.schema = self._table.schema
         for name, kind in zip(self.schema.names, self.schema.types, strict=True):
             if pa.types.is_binary(kind):  # what the reader makes of text that is not
@@ -393,6 +396,17 @@ class _Text:
                 columns[number] = pc.replace_with_mask(columns[number], empty, pa.scalar(None, pa.string()))
             yield pa.Table.from_arrays(columns, schema=self.schema), taken >= TEXT_GROUP_ROWS
             taken %= TEXT_GROUP_ROWS
+
+
+def _without_times(kind: pa.DataType) -> pa.DataType:
+    """Give a type with text in place of times: JSON has none, and the reader takes text that looks like one for it."""
+    if pa.types.is_timestamp(kind):
+        return pa.string()
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_without_times(kind.value_type)))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_without_times(field.type)) for field in kind])
+    return kind
 
 
 def _text_format(form: str, block: int) -> ds.FileFormat:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+import enum
 import os
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from llmframe.errors import TemplateError
 from llmframe.messages import well_formed
@@ -208,6 +211,64 @@ def test_a_function_may_read_what_has_only_an_address_and_write_of_addresses() -
 def test_an_address_in_a_text_is_text() -> None:
     assert written("<Thing object at 0x7f00>") == "<Thing object at 0x7f00>"
     assert written(["<Thing object at 0x7f00>"]) == "['<Thing object at 0x7f00>']"
+
+
+# ---- objects with fields, and members of enums
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    number: Any
+    marks: Any = ()
+    secret: str = dataclasses.field(default="s", repr=False)
+
+
+class Ticket(BaseModel):
+    number: Any
+    marks: Any = ()
+
+
+class Named(Order):
+    def __str__(self) -> str:
+        return f"No. {self.number.item()}"
+
+
+class Mood(str, enum.Enum):  # noqa: UP042
+    good = "g"
+
+
+class Level(int, enum.Enum):
+    high = 3
+
+
+@pytest.mark.parametrize(
+    ("cell", "shown"),
+    [
+        (Order(np.int64(1), {"b", "a"}), "Order(number=1, marks={'a', 'b'})"),
+        ([Order(Order(np.float32(0.1)))], "[Order(number=Order(number=0.1, marks=[]), marks=[])]"),
+        (Ticket(number=np.int64(1), marks={"b", "a"}), "number=1 marks={'a', 'b'}"),
+        (Named(np.int64(1)), "No. 1"),
+    ],
+)
+def test_the_fields_of_an_object_are_written_plain(cell: Any, shown: str) -> None:
+    assert written(cell) == shown
+
+
+def test_a_function_is_given_an_object_as_it_is() -> None:
+    assert written(Order(np.array([1, 2])), lambda row: str(row.x.number.sum())) == "3"
+
+
+@pytest.mark.parametrize("field", [Thing(), [Thing()]])
+def test_an_object_whose_field_has_only_an_address_is_refused(field: Any) -> None:
+    with pytest.raises(TemplateError, match=r"row 0 .* column 'x' holds a value of type .* address in memory"):
+        written(Order(field))
+
+
+@pytest.mark.parametrize("cell", [Mood.good, [Mood.good], {"a": Mood.good}, Level.high, [Level.high]], ids=repr)
+def test_a_member_that_is_text_or_a_number_too_is_written_as_parquet_has_it(tmp_path: Path, cell: Any) -> None:
+    frame = column(cell)
+    frame.to_parquet(tmp_path / "x.parquet")
+    assert texts(frame, "{x}") == texts(pd.read_parquet(tmp_path / "x.parquet"), "{x}")
 
 
 # ---- dicts, tuples and times

@@ -539,6 +539,18 @@ def test_a_job_stays_where_it_began_whatever_chdir_does(
     assert len(out_of(source)) == 100
 
 
+@pytest.mark.parametrize("index", [["id", "response"], ["response_status"]])
+def test_an_index_with_the_name_of_a_new_column_is_refused(
+    server: SimulatedServer, tmp_path: Path, index: list[str]
+) -> None:
+    frame = pd.DataFrame({"text": ["a"], **{name: ["x"] for name in index}}).set_index(index)
+    frame.to_parquet(tmp_path / "in.parquet")
+    with pytest.raises(ConfigurationError, match=rf"has a column '{index[-1]}' already; pass output=") as raised:
+        run_to(server, tmp_path / "in.parquet", tmp_path / "out.parquet")
+    assert "where=" not in str(raised.value), "which has another meaning for a job"
+    assert server.stats().received == 0
+
+
 @pytest.mark.parametrize("name", ["in.csv", "in.jsonl"])
 def test_text_files_are_read_too(server: SimulatedServer, tmp_path: Path, name: str) -> None:
     frame = pd.DataFrame({"text": ["a", "b, c", "d"], "score": [1, 2, 3]})
@@ -582,6 +594,15 @@ def test_cells_of_several_lines_are_read_as_they_were_written_in_a_large_csv_fil
     frame.to_csv(tmp_path / "in.csv", index=False)
     pieces = Source(str(tmp_path / "in.csv")).pieces(10_000)
     assert pa.concat_tables(piece.table for piece in pieces).to_pydict() == frame.to_dict("list")
+
+
+def test_text_of_json_lines_that_looks_like_a_time_stays_text(tmp_path: Path) -> None:
+    lines = ['{"text": "2024-01-02T00:00:00Z", "more": {"at": ["2024-01-02"]}}', '{"text": "2024-01-02"}']
+    (tmp_path / "in.jsonl").write_text("\n".join([*lines, *lines[1:] * 60_000, '{"text": "later"}']))
+    (piece, *_, last) = Source(str(tmp_path / "in.jsonl")).pieces(10_000)
+    assert piece.table["text"].to_pylist()[:2] == ["2024-01-02T00:00:00Z", "2024-01-02"]
+    assert piece.table["more"][0].as_py() == {"at": ["2024-01-02"]}
+    assert last.table["text"][-1].as_py() == "later"
 
 
 @pytest.mark.parametrize("name", ["in.csv", "in.jsonl"])

@@ -262,6 +262,13 @@ def test_several_answers_are_a_list_in_the_cell(ask: Ask) -> None:
     assert out.response_status.tolist() == ["ok", "refused", "skipped"]
 
 
+def test_labels_beside_one_that_does_not_fit_come_back_from_the_checkpoint(ask: Ask, tmp_path: Path) -> None:
+    frame = pd.DataFrame({"x": ["a", "[[say=positive]][[refusal=no]]", "[[label=neutral]]"]})
+    first, again = (ask(frame, "x", schema=LABELS, n=2, checkpoint=tmp_path) for _ in range(2))
+    assert first.response_status.tolist() == ["ok", "refused", "invalid"]
+    assert again.response.tolist() == first.response.tolist()
+
+
 def test_on_error_raise_names_the_row_and_carries_the_frame(ask: Ask) -> None:
     frame = pd.DataFrame({"x": ["a", "[[status=400]]", "c"]}, index=["r", "s", "s"])
     with pytest.raises(RowFailed, match=r"row 1 \(label 's'\) failed: HTTP 400") as raised:
