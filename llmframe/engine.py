@@ -434,17 +434,15 @@ class Crew:
     def _paid_for_nothing(self, job: Job, completion: Completion) -> None:
         """Ask a few more times where a reply tells what it cost, and holds no answer: each is on the bill."""
         job.empty += 1
-        unfit = job.unfit
-        if unfit is not None and unfit.status != "failed":  # better than none
-            self._done(job, replace(after(completion, unfit), attempts=job.attempts))
-            return
-        if unfit is not None:
-            completion = after(unfit, completion)
+        kept, unfit = completion, job.unfit
+        if unfit is not None:  # an answer that does not fit is better than none
+            kept = after(unfit, completion) if unfit.status == "failed" else after(completion, unfit)
         if job.empty < EMPTY:
-            self._pay_again(job, completion, job.body)
+            self._pay_again(job, kept, job.body)
             return
-        self._done(job, completion)
-        self._stop_if_all_end_so(job, "no answer", completion.error or "")
+        self._done(job, replace(kept, attempts=job.attempts))
+        if kept.status == "failed":
+            self._stop_if_all_end_so(job, "no answer", kept.error or "")
 
     def _pay_again(self, job: Job, unkept: Completion, body: bytes) -> None:
         """Ask again after a reply that was paid for; in a run that was stopped the row is pending, and asked anew."""
@@ -607,10 +605,12 @@ class Crew:
             self._give_up(job, failure)
 
     def _give_up(self, job: Job, failure: Failure) -> None:
-        if job.unfit is not None:  # paid for, though nothing better came of asking again
+        failed = Completion(status=failure.status, error=failure.message, attempts=job.attempts)
+        if job.unfit is not None and job.unfit.status != "failed":
+            # It was paid for, though nothing better came of asking again.
             self._done(job, replace(job.unfit, attempts=job.attempts))
             return
-        self._done(job, Completion(status=failure.status, error=failure.message, attempts=job.attempts))
+        self._done(job, failed if job.unfit is None else after(job.unfit, replace(failed, source="request")))
         refused = failure.http is not None and 400 <= failure.http < 500
         self._stop_if_all_end_so(job, failure.http if refused else None, failure.message)
 

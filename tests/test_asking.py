@@ -36,6 +36,14 @@ def ask(server: SimulatedServer) -> Ask:
     return complete
 
 
+def test_a_reply_without_an_answer_does_not_end_the_asking_again(ask: Ask, server: SimulatedServer) -> None:
+    server.reset(p_empty_choices=0.05)
+    out = ask([f"row {number} [[unfit_first=1]]" for number in range(100)])
+    assert set(out["response_status"]) == {"ok"}
+    assert out["response_attempts"].max() > 2
+    assert llmframe.last_run().usage.prompt_tokens == out["response_prompt_tokens"].sum()
+
+
 @pytest.mark.parametrize("api", ["chat", "responses"])
 def test_an_answer_that_does_not_fit_is_asked_again_with_the_error(server: SimulatedServer, ask: Ask, api: str) -> None:
     out = ask(["a [[unfit_first=2]]", "b"], api=api)
