@@ -412,7 +412,7 @@ class Pacer:
         )
         if kind != "timeout" or limit_s is None:
             self._window.lost(sent)
-        elif decision := self._window.timed_out(now, sent):
+        elif decision := self._window.timed_out(now, sent, self._in_flight + 1):
             self.note(now, decision)
         self._seats.lost(now, sent)
         if self._outage.failed(now, loss):

@@ -277,14 +277,15 @@ class Window:
             for first in self._firsts:
                 first.lost(sent)
 
-    def timed_out(self, now: float, sent: float) -> str:
+    def timed_out(self, now: float, sent: float, in_flight: int) -> str:
         """Forget a request that was given up; where more wait than are answered in that time, give the decision.
 
         The others would be given up in their turn, though the endpoint works on them.
         """
         self.lost(sent)
         came = self._answers.since(sent)
-        if sent < self._crowded_at or not 0 < came < int(self.size) or self._recent is None:
+        full = in_flight >= FULL * int(self.size)  # else few were answered because few were sent
+        if sent < self._crowded_at or not full or not 0 < came < int(self.size) or self._recent is None:
             return ""
         self._crowded_at = now  # what was sent before waits among as many, and says nothing new
         if self._base is None:
